@@ -1,0 +1,29 @@
+# make demo: teacher, distillation and grids on the built-in dataset, on a CPU.   make test: lint and tests.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test lint clean
+
+.venv/requirements%: requirements%
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet -r $<
+	cp $< $@
+
+# --resume: an interrupted demo goes on where it was, a finished one only samples again.
+demo: .venv/requirements.txt
+	$(RUN) train0.py --preset demo --run_dir runs/demo/teacher --resume
+	$(RUN) train.py --preset demo --teacher runs/demo/teacher --run_dir runs/demo/dmd2 --resume
+	$(RUN) sample.py --checkpoint runs/demo/teacher --out runs/demo/teacher.png
+	$(RUN) sample.py --checkpoint runs/demo/dmd2 --out runs/demo/student.png
+	@echo "teacher, 35 evaluations an image: $(CURDIR)/runs/demo/teacher.png"
+	@echo "student, 1 evaluation an image:   $(CURDIR)/runs/demo/student.png"
+
+test: .venv/requirements-test.txt
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q
+
+lint: .venv/requirements-test.txt
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,114 @@
+"""Checkpoints: one self-describing file per save, never half-written, never running code when loaded; and the EMA.
+
+    checkpoint.save("runs/teacher/checkpoint.pt", dict(kind="teacher", ...))
+    state = checkpoint.load("runs/teacher", kind="teacher")      # a file, or a run folder
+    net = checkpoint.ema_model(state)
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from model import SimpleUNet
+
+FORMAT = "dmd2 checkpoint 1"
+NAME = "checkpoint.pt"
+KEYS = ("step", "model_config", "model_ema", "classes", "sigma_min", "sigma_max")
+KINDS = {"teacher": KEYS, "student": (*KEYS, "conditioning_sigma")}
+
+
+class CheckpointError(Exception):
+    """There is no usable checkpoint; the message is one line that names the file."""
+
+
+def save(path, state):
+    """Write state to path so that a kill at any instant leaves either the old file or the new one, whole.
+
+    Raises:
+        OSError: it could not be written (a full disk, say); the old file stands.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(state, format=FORMAT), file)
+            file.flush()
+            os.fsync(file.fileno())                 # the data must be on disk before the name is
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:        # torch turns a write error into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise OSError(f"cannot save {path}: {reason}; what was saved there before stands") from error
+
+
+def find(path):
+    """The checkpoint file that path means: itself, or the newest save of a run folder; None if there is none."""
+    path = Path(path)
+    path = path / NAME if path.is_dir() else path
+    return path if path.is_file() else None
+
+
+def load(path, kind=None):
+    """Read and check a checkpoint.
+
+    Args:
+        path: a file, or a run folder.
+        kind: "teacher" or "student" where only that one will do.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or of another kind.
+    """
+    file = find(path)
+    if file is None:
+        what = f"no {NAME} in this folder" if Path(path).is_dir() else "no such file or folder"
+        raise CheckpointError(f"no checkpoint at {path}: {what}")
+    try:
+        with zipfile.ZipFile(file) as archive:      # torch's format is a zip: its checksums find cuts and flipped bits
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except Exception as error:                      # many types, as a damaged file can break any layer of the reader
+        raise CheckpointError(f"{file} is not a checkpoint, or is damaged ({type(error).__name__})") from error
+    if damaged:
+        raise CheckpointError(f"{file} is damaged: checksum of {damaged} does not match")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not a checkpoint of this project ({FORMAT})")
+    if state.get("kind") not in KINDS or any(key not in state for key in KINDS[state["kind"]]):
+        raise CheckpointError(f"{file} is incomplete")
+    if kind and state["kind"] != kind:
+        raise CheckpointError(f"{file} holds a {state['kind']}, but a {kind} is needed")
+    return state
+
+
+def ema_model(state, device="cpu"):
+    """The averaged network of a loaded checkpoint, in evaluation mode, channels_last."""
+    net = SimpleUNet(**state["model_config"])
+    net.load_state_dict(state["model_ema"])
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+class EMA(AveragedModel):
+    """Exponential moving average of a network's weights, by torch.optim.swa_utils.
+
+    At update n the decay is min(decay, (1 + n) / (10 + n)): while a run is young the horizon is a ninth of it, so that
+    the average never holds the noise of the start, however short the run is.
+    """
+
+    def __init__(self, model, decay):
+        @torch.no_grad()
+        def average(ema, current, _):
+            n = int(self.n_averaged)                # the argument is a copy on the device: reading it would synchronise
+            torch._foreach_lerp_(ema, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+        super().__init__(model, multi_avg_fn=average)
+        self.eval().requires_grad_(False)

@@ -1,0 +1,153 @@
+"""The command line that the scripts share: flag types, shared flags, presets, resume, and one-line errors.
+
+Exit codes: 0 finished or stopped on request, 2 a wrong call (nothing was written), 1 something failed later.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import diffusion
+from checkpoint import CheckpointError
+from data import DATASETS, DataError
+from runtime import NonFiniteError, pick_device
+
+
+class UsageError(Exception):
+    """A wrong call: one line for the user, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UsageError(f"{message} (see --help)")
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: an int or float in [low, high], or (low, high]; NaN and infinity are refused."""
+
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
+            above = f"{'above' if open_low else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {above}" + (f" and at most {high}" if high < math.inf else ""))
+        return value
+
+    parse.__name__ = kind.__name__                  # argparse names it in "invalid int value"
+    return parse
+
+
+count = number(int, 1)
+natural = number(int, 0)
+positive = number(float, 0, open_low=True)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def add_common(parser):
+    """Flags of every script."""
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="everything random follows from it")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16", "fp32"], default="auto",
+        help="of the network; auto is bf16 where the hardware has it; weights and preconditioning are always float32",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks (slow to start, then faster)")
+
+
+def add_training(parser, run_dir, steps, batch_size, sample_every, save_every):
+    """Flags of the two training scripts."""
+    add_common(parser)
+    parser.add_argument("--run_dir", default=run_dir, help="where checkpoint, log.jsonl, tensorboard/ and grids/ go")
+    parser.add_argument("--steps", type=count, default=steps, help="steps in all, those before a resume included")
+    parser.add_argument("--batch_size", type=count, default=batch_size, help="images per step")
+    parser.add_argument("--log_every", type=count, default=50, help="steps between two readings of the losses")
+    parser.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
+    parser.add_argument("--save_every", type=count, default=save_every, help="steps between two checkpoints")
+    parser.add_argument("--max_minutes", type=positive, help="save and stop after so many minutes; --resume goes on")
+    parser.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
+    parser.add_argument("--preset", help="a named set of defaults")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from run_dir's checkpoint with its settings, if it has one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a run_dir that holds a run")
+    schedule = "of the Karras schedule; images span [-1, 1]"
+    parser.add_argument("--sigma_min", type=positive, default=diffusion.SIGMA_MIN, help=f"least noise {schedule}")
+    parser.add_argument("--sigma_max", type=positive, default=diffusion.SIGMA_MAX, help=f"most noise {schedule}")
+
+
+def add_dataset(parser):
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="folder: any tree of <class>/<image>")
+    parser.add_argument("--data_dir", default="data", help="where cifar10 is, or is downloaded to; or the folder")
+
+
+SESSION_FLAGS = ("run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
+
+
+def settings(args):
+    """What a checkpoint remembers of the flags: all but those that belong to one session at the machine."""
+    return {name: value for name, value in vars(args).items() if name not in SESSION_FLAGS}
+
+
+def parse_training(parser, kind, presets, argv=None, fixed=()):
+    """Parse a training script's flags: preset, then the resumed run's settings, then the flags given.
+
+    Args:
+        kind: "teacher" or "student", what the script trains.
+        presets: name -> dict of defaults.
+        fixed: flags that a resumed run cannot change.
+
+    Returns:
+        the flags, and the checkpoint to resume from or None.
+    """
+    args = parser.parse_args(argv)
+    if args.preset is not None:
+        if args.preset not in presets:
+            raise UsageError(f"unknown preset {args.preset!r}: choose one of {', '.join(presets)}")
+        parser.set_defaults(**presets[args.preset])
+    found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
+    if found and not args.resume and not args.overwrite:
+        raise UsageError(f"{args.run_dir} holds a run already: give --resume, --overwrite, or another --run_dir")
+    if Path(args.run_dir).exists() and not Path(args.run_dir).is_dir():
+        raise UsageError(f"--run_dir {args.run_dir} is a file")
+    state = None
+    if found and args.resume:
+        state = checkpoint.load(found, kind=kind)
+        if "settings" not in state:
+            raise CheckpointError(f"{found} holds weights only: nothing to resume")
+        parser.set_defaults(**state["settings"])
+    args = parser.parse_args(argv)
+    if args.sigma_min >= args.sigma_max:
+        raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
+    for name in fixed if state else ():
+        if getattr(args, name) != state["settings"][name]:
+            raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {state['settings'][name]}")
+    return args, state
+
+
+def device(args):
+    try:
+        return pick_device(args.device)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from error
+
+
+def run(main):
+    """Call a script's main() and turn what a user can cause into one line and an exit code."""
+    script = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except (UsageError, CheckpointError, DataError) as error:
+        code, line = 2, error
+    except (NonFiniteError, OSError) as error:
+        code, line = 1, error
+    except torch.OutOfMemoryError as error:
+        code, line = 1, f"out of memory, try a smaller --batch_size: {str(error).splitlines()[0]}"
+    print(f"{script}: error: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,136 @@
+"""Datasets as tensors in memory, and batches that are a function of (seed, step).
+
+    dataset = load("cifar10", "data")        # or "folder", "shapes"
+    batches = Batches(dataset, batch_size=128, seed=0, device=device)
+    images, labels = batches(step)
+
+A whole 32x32 dataset is small (CIFAR-10: 150 MB as uint8), so it lives on the device and needs no loader workers.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+import shapes
+from model import IMAGE_SIZE
+
+DATASETS = ("cifar10", "folder", "shapes")
+SHAPES_TRAIN_IMAGES = 20_000
+
+
+class DataError(Exception):
+    """The dataset cannot be read; the message is one line that names the file or folder."""
+
+
+@dataclass
+class Dataset:
+    images: torch.Tensor                            # uint8 [N, 3, 32, 32] RGB
+    labels: torch.Tensor                            # int64 [N]
+    classes: list                                   # class names, in label order
+
+
+def load(name, data_dir="data", split="train"):
+    """Read a dataset into memory.
+
+    Args:
+        name: "cifar10" (downloaded to data_dir if it is not there), "folder" (an ImageFolder tree,
+            data_dir/<class>/<image>, or data_dir/<split>/<class>/<image>), or "shapes" (drawn, needs nothing).
+        split: "train" or "test".
+
+    Raises:
+        DataError: it is not there, or a file in it cannot be read.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+    if name == "shapes":
+        # The seeds below 2 are the two splits; anything else is a fresh sample.
+        images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1)
+        return Dataset(torch.from_numpy(images), torch.from_numpy(labels), list(shapes.CLASSES))
+    return load_cifar10(Path(data_dir), split) if name == "cifar10" else load_folder(Path(data_dir), split)
+
+
+def load_cifar10(root, split):
+    try:
+        cifar = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
+    except Exception as error:                      # torchvision raises whatever urllib, tarfile and pickle do
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"CIFAR-10 is not complete in {root} and could not be downloaded ({reason}); either put "
+            f"cifar-10-python.tar.gz into {root}, or train on other images: --dataset folder --data_dir DIR, "
+            "or --dataset shapes"
+        ) from error
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()          # [N, 3, 32, 32]
+    return Dataset(images, torch.tensor(cifar.targets), cifar.classes)
+
+
+def read_image(path):
+    """One image file as uint8 [32, 32, 3]: the shorter side is resized to 32 and the centre is cut out."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+                scale = IMAGE_SIZE / min(image.size)
+                size = [max(IMAGE_SIZE, round(side * scale)) for side in image.size]
+                left, top = (size[0] - IMAGE_SIZE) // 2, (size[1] - IMAGE_SIZE) // 2
+                image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+                image = image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read image {path}: {error}") from error
+
+
+def load_folder(root, split):
+    root = root / split if (root / split).is_dir() else root
+    try:
+        tree = torchvision.datasets.ImageFolder(root)
+    except FileNotFoundError as error:              # no such folder, no class folder, or an empty one
+        reason = str(error).splitlines()[0]
+        raise DataError(f"--data_dir {root} is no tree of class folders with images: {reason}") from error
+    with ThreadPoolExecutor() as pool:              # decoding releases the interpreter lock
+        images = np.stack(list(pool.map(read_image, [path for path, _ in tree.samples])))
+    return Dataset(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(tree.targets), tree.classes)
+
+
+def to_float(images):
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float [-1, 1] -> uint8 [0, 255], rounded to nearest and clipped; the inverse of to_float."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Batches:
+    """An endless stream of shuffled epochs, cut into batches; batches(step) depends on (seed, step) alone.
+
+    So a resumed run needs no data position beside its step, and no step reads an image twice within an epoch.
+    """
+
+    def __init__(self, dataset, batch_size, seed, device):
+        self.images = dataset.images.to(device)
+        self.labels = dataset.labels.to(device)
+        self.batch_size, self.seed = batch_size, seed
+        self.orders = {}                            # epoch -> permutation; only the epochs in use
+
+    def order(self, epoch):
+        if epoch not in self.orders:
+            self.orders = {e: order for e, order in self.orders.items() if e == epoch - 1}
+            order = np.random.default_rng([0xDA7A, self.seed, epoch]).permutation(len(self.images))
+            self.orders[epoch] = torch.from_numpy(order).to(self.images.device)
+        return self.orders[epoch]
+
+    def __call__(self, step):
+        """Returns images, float32 [B, 3, 32, 32] in [-1, 1], and labels, int64 [B]."""
+        position, end, rows = step * self.batch_size, (step + 1) * self.batch_size, []
+        while position < end:
+            epoch, start = divmod(position, len(self.images))
+            rows.append(self.order(epoch)[start : start + end - position])
+            position += len(rows[-1])
+        rows = torch.cat(rows)
+        return to_float(self.images[rows]), self.labels[rows]

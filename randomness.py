@@ -1,0 +1,32 @@
+"""Random numbers as functions of what they are for: of (seed, step) in training, of (seed, image index) in sampling."""
+
+import numpy as np
+import torch
+
+
+class StepRandom:
+    """The random numbers of one training step: a function of (seed, step) alone, so a resume needs no saved state."""
+
+    def __init__(self, seed, step, device="cpu"):
+        base = int(np.random.SeedSequence([0x57E9, seed]).generate_state(1)[0])
+        # The CPU generator keeps 32 bits of its seed: adding the step keeps all steps of a run apart.
+        self.generator = torch.Generator(device).manual_seed((base + step) % 2**32)
+        self.device = device
+
+    def normal(self, *shape):
+        """Standard normal float32 numbers."""
+        return torch.randn(*shape, generator=self.generator, device=self.device)
+
+    def uniform(self, *shape):
+        """Uniform float32 numbers in [0, 1)."""
+        return torch.rand(*shape, generator=self.generator, device=self.device)
+
+    def integers(self, low, high, *shape):
+        """Uniform int64 numbers in low .. high, both included."""
+        return torch.randint(low, high + 1, shape, generator=self.generator, device=self.device)
+
+
+def image_noise(seed, indices):
+    """Unit noise of the images numbered so, float32 [len(indices), 3, 32, 32]: each from (seed, index) alone."""
+    noise = [np.random.default_rng([seed, int(i)]).standard_normal((3, 32, 32), dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(noise))

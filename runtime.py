@@ -1,0 +1,176 @@
+"""Where and how a script runs: device, precision, stop signals, and the run folder with its logs."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid, save_image
+
+from data import to_uint8
+
+
+def pick_device(name):
+    """The torch.device for --device; "auto" prefers CUDA. Raises ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    torch.set_float32_matmul_precision("high")      # TF32 where the device has it
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True           # all shapes are fixed, so the search pays once
+    return device
+
+
+def has_fast_bf16(device):
+    """Whether bf16 is computed in hardware; emulated it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def autocast(device, precision):
+    """Context in which networks run: precision is "bf16", "fp32" or "auto" (bf16 where it is fast)."""
+    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; a second one ends at once."""
+
+    def __init__(self, max_minutes=None):
+        self.signum = None
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.signum is not None or (self.deadline is not None and time.monotonic() > self.deadline)
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient norm became NaN or infinite."""
+
+
+class Meter:
+    """Scalars of the steps since the last reading, kept on the device: only read() and state() synchronise."""
+
+    def __init__(self, step, device, state=None):
+        self.history = {}                           # name -> {step: 0-d tensor}
+        for name, entries in (state or {}).items():
+            self.history[name] = {step: torch.tensor(value, device=device) for step, value in entries.items()}
+        self.step, self.since = step, time.perf_counter()
+
+    def add(self, step, **scalars):
+        for name, value in scalars.items():
+            self.history.setdefault(name, {})[step] = value.detach()
+
+    def state(self):
+        """The unread scalars as numbers, for a checkpoint. Raises NonFiniteError naming the first bad step."""
+        state, bad = {}, []
+        for name, entries in self.history.items():
+            values = torch.stack([value.float() for value in entries.values()]).tolist()
+            state[name] = dict(zip(entries, values, strict=True))
+            bad += [(step, name, value) for step, value in state[name].items() if not math.isfinite(value)]
+        if bad:
+            step, name, value = min(bad)
+            raise NonFiniteError(f"{name} is {value} at step {step}: stopped; the last checkpoint stands")
+        return state
+
+    def read(self):
+        """Mean of each scalar since the last call, and a new start. Raises NonFiniteError like state()."""
+        means = {name: sum(entries.values()) / len(entries) for name, entries in self.state().items()}
+        self.history.clear()
+        return means
+
+    def rate(self, step):
+        """Steps per second since the last call, pauses left out."""
+        now = time.perf_counter()
+        rate = (step - self.step) / max(now - self.since, 1e-9)
+        self.step, self.since = step, now
+        return rate
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens inside (grids, saves) does not count in rate()."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+
+def peak_memory_mib(device):
+    """Peak memory of this process so far, MiB: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class RunFolder:
+    """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png."""
+
+    def __init__(self, path, start_step):
+        self.path = Path(path)
+        (self.path / "grids").mkdir(parents=True, exist_ok=True)
+        self.log_path = self.path / "log.jsonl"
+        # A run killed between a save and now has logged steps that are about to be taken again: drop those.
+        if self.log_path.exists():
+            lines = [line for line in self.log_path.read_text().splitlines() if json_step(line) <= start_step]
+            temporary = self.log_path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in lines))
+            os.replace(temporary, self.log_path)
+        self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
+
+    def scalars(self, step, values):
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(dict(step=step, **values)) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def grid(self, step, name, rows, *panels):
+        """Write class_grid pictures, side by side, as grids/<step>_<name>.png and to TensorBoard."""
+        picture = side_by_side(*(class_grid(images, rows) for images in panels))
+        save_image(picture, self.path / "grids" / f"{step:07d}_{name}.png")
+        self.board.add_image(name, picture, step)
+
+    def close(self):
+        self.board.close()
+
+
+def json_step(line):
+    """The step of a log line; infinite for a line cut short by a kill."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def class_grid(images, rows):
+    """A picture, float [3, H, W] in [0, 1], of images [N, 3, 32, 32] in [-1, 1]; row r shows images r, r + rows, ..."""
+    blank = -torch.ones(-len(images) % rows, *images.shape[1:])
+    images = torch.cat([images.cpu().float(), blank])                               # [rows * columns, 3, 32, 32]
+    columns = len(images) // rows
+    images = images.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    return make_grid(to_uint8(images).float() / 255, nrow=columns, padding=2, pad_value=0.5)
+
+
+def side_by_side(*pictures):
+    """Pictures of one height, float [3, H, W], with a gap between each two."""
+    gap = torch.ones(3, pictures[0].shape[1], 8)
+    return torch.cat([part for picture in pictures for part in (gap, picture)][1:], dim=2)

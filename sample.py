@@ -1,0 +1,99 @@
+"""Sample a checkpoint: a one-step student, or a teacher with Heun's method.
+
+    python sample.py                                                     # runs/dmd2 -> grid.png
+    python sample.py --checkpoint runs/teacher --num_steps 18 --out teacher.png
+    python sample.py --labels cat dog 8 --num_images 30
+    python sample.py --num_images 50000 --npz samples.npz                # for evaluation
+
+Image i depends on --seed, i and its label alone. Without --labels image i is of class i modulo their number, so that
+each row of the grid is one class.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import runtime
+import sampling
+
+GRID_IMAGES = 1000                                  # a larger picture would be of no use
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Sample a checkpoint into a grid of images.")
+    cli.add_common(parser)
+    # Here exactness comes first: in bf16 an image would depend a little on the batch it was made in.
+    parser.set_defaults(precision="fp32")
+    parser.add_argument("--checkpoint", default="runs/dmd2", help="run folder or checkpoint of a student or a teacher")
+    parser.add_argument("--out", default="grid.png", help="the grid, a PNG: one class per row")
+    parser.add_argument("--npz", help="also write all images: arr_0 uint8 [N, 32, 32, 3], arr_1 int64 labels [N]")
+    parser.add_argument("--num_images", type=cli.count, default=100)
+    parser.add_argument("--batch_size", type=cli.count, default=100, help="images at a time; changes speed only")
+    parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
+    parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
+    args = parser.parse_args(argv)
+    for path in filter(None, (args.out, args.npz)):
+        if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+            parser.error(f"cannot write {path}: its folder is not there, or it is a folder")
+    if Path(args.out).suffix.lower() != ".png":
+        parser.error(f"--out {args.out} does not end in .png")
+    return args
+
+
+def class_indices(names, classes):
+    """Class numbers of the --labels given, which are numbers or names."""
+    numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    for name in names:
+        if name not in numbers:
+            raise cli.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {', '.join(classes)}")
+    return [numbers[name] for name in names]
+
+
+def write(path, writer):
+    """Call writer(file) on a temporary file and rename it, so that path is never half-written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = cli.device(args)
+    state = checkpoint.load(args.checkpoint)
+    rows = class_indices(args.labels or map(str, range(len(state["classes"]))), state["classes"])
+    labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
+    sample = sampling.sampler(state, device, args.num_steps, args.compile)
+
+    start, images = time.perf_counter(), []
+    with runtime.autocast(device, args.precision), tqdm(total=args.num_images, unit="image") as bar:
+        for batch in sampling.generate(sample, args.seed, labels, args.batch_size, device):
+            images.append(batch)
+            bar.update(len(batch))
+    images = torch.cat(images)                                                      # uint8 [N, 3, 32, 32]
+    rate = len(images) / (time.perf_counter() - start)
+
+    picture = runtime.class_grid(images[:GRID_IMAGES].float() / 127.5 - 1, len(rows))
+    write(args.out, lambda file: save_image(picture, file, format="png"))
+    if args.npz:
+        arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
+        write(args.npz, lambda file: np.savez(file, *arrays))
+    nfe = sampling.evaluations(state, args.num_steps)
+    print(
+        f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
+        f"{rate:.1f} images/s, {args.out}{' and ' + args.npz if args.npz else ''}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

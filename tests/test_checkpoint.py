@@ -1,0 +1,108 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+from model import SimpleUNet
+
+
+def teacher_state(channels=8):
+    net = SimpleUNet(channels=channels, label_dim=3)
+    return dict(
+        kind="teacher", step=5, classes=["a", "b", "c"], model_config=net.config, model_ema=net.state_dict(),
+        sigma_min=0.002, sigma_max=80.0,
+    )
+
+
+def test_a_saved_model_comes_back_from_its_file_or_folder(tmp_path):
+    state = teacher_state()
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    for path in (tmp_path, tmp_path / "checkpoint.pt"):
+        net = checkpoint.ema_model(checkpoint.load(path, kind="teacher"))
+        for name, tensor in net.state_dict().items():
+            assert torch.equal(tensor, state["model_ema"][name])
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, teacher_state())
+    before = path.read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(path, teacher_state())
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, teacher_state())
+    before = path.read_bytes()
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, teacher_state())
+    assert path.read_bytes() == before
+    assert checkpoint.load(tmp_path)["step"] == 5   # the leftover temporary file is not picked up
+
+
+def test_cut_and_flipped_files_are_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, teacher_state())
+    whole = path.read_bytes()
+    for percent in range(0, 100, 7):
+        path.write_bytes(whole[: len(whole) * percent // 100])
+        with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.pt"):
+            checkpoint.load(tmp_path)
+    for position in range(len(whole) // 20, len(whole), len(whole) // 10):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.pt"):
+            checkpoint.load(tmp_path)
+
+
+def test_other_files_are_refused_and_no_code_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "code_ran"),)
+
+    torch.save(dict(teacher_state(), format=checkpoint.FORMAT, extra=Evil()), tmp_path / "evil.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save(dict(step=1), tmp_path / "foreign.pt")
+    torch.save(dict(kind="teacher", format=checkpoint.FORMAT), tmp_path / "incomplete.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("evil.pt", "pickle.pt", "foreign.pt", "incomplete.pt", "text.pt", "absent.pt"):
+        with pytest.raises(checkpoint.CheckpointError, match=name):
+            checkpoint.load(tmp_path / name)
+    assert not (tmp_path / "code_ran").exists()
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint\.pt in this folder"):
+        checkpoint.load(tmp_path)
+
+
+def test_the_wrong_kind_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", teacher_state())
+    with pytest.raises(checkpoint.CheckpointError, match="holds a teacher, but a student is needed"):
+        checkpoint.load(tmp_path, kind="student")
+
+
+def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = checkpoint.EMA(net, decay=0.9), None
+    for n in range(200):
+        with torch.no_grad():
+            net.weight.fill_(float(n % 7))
+        ema.update_parameters(net)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = float(n % 7) if expected is None else decay * expected + (1 - decay) * (n % 7)
+    assert ema.module.weight.item() == pytest.approx(expected, rel=1e-4)
+    assert not ema.module.weight.requires_grad

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import shapes
+
+
+def image_tree(root, classes=("cat", "dog"), n=3, size=(48, 40)):
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", size, (50 * label, 10 * i, 200)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_float_and_uint8_are_inverse():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.to_float(every)), every)
+    assert data.to_float(every).min() == -1 and data.to_float(every).max() == 1
+    assert torch.equal(data.to_uint8(torch.tensor([-7.0, 7.0])), torch.tensor([0, 255], dtype=torch.uint8))
+
+
+def test_shapes_are_reproducible_balanced_and_fresh_for_another_seed():
+    images, labels = shapes.draw(200, seed=3)
+    again, _ = shapes.draw(200, seed=3)
+    other, _ = shapes.draw(200, seed=4)
+    assert images.shape == (200, 3, 32, 32) and images.dtype == np.uint8
+    assert np.array_equal(images, again) and not np.array_equal(images, other)
+    assert (np.bincount(labels) == 20).all()
+
+
+def test_shapes_are_antialiased_and_tell_the_classes_apart():
+    images, labels = shapes.draw(2000, seed=0)
+    brightness = images.astype(np.float32).max(1)                                   # [N, 32, 32]
+    assert len(np.unique(images)) > 100             # edges have many levels between figure and background
+    # Nearest class mean by silhouette, on fresh images: the figures differ by more than pose and colour do.
+    silhouette = (brightness / brightness.max((1, 2), keepdims=True)).reshape(2000, -1)
+    means = np.stack([silhouette[labels == c].mean(0) for c in range(10)])
+    fresh, fresh_labels = shapes.draw(500, seed=1)
+    bright = fresh.astype(np.float32).max(1)
+    bright = (bright / bright.max((1, 2), keepdims=True)).reshape(500, -1)
+    guess = ((bright[:, None] - means[None]) ** 2).sum(-1).argmin(1)
+    assert (guess == fresh_labels).mean() > 0.8
+
+
+def test_train_and_test_split_of_shapes_differ():
+    train, test = data.load("shapes"), data.load("shapes", split="test")
+    assert train.classes == shapes.CLASSES and len(train.images) == data.SHAPES_TRAIN_IMAGES
+    assert not torch.equal(train.images[:100], test.images[:100])
+
+
+def test_folder_reads_classes_labels_and_pixels(tmp_path):
+    dataset = data.load("folder", image_tree(tmp_path / "tree"))
+    assert dataset.classes == ["cat", "dog"] and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.images.shape == (6, 3, 32, 32) and dataset.images.dtype == torch.uint8
+    assert dataset.images[4, :, 16, 16].tolist() == [50, 10, 200]
+
+
+def test_folder_takes_its_split_where_there_is_one(tmp_path):
+    image_tree(tmp_path / "train", n=2)
+    image_tree(tmp_path / "test", n=1)
+    assert len(data.load("folder", tmp_path).images) == 4
+    assert len(data.load("folder", tmp_path, "test").images) == 2
+
+
+def test_images_of_32_pixels_are_kept_bit_for_bit_and_larger_ones_keep_their_proportions(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(data.read_image(tmp_path / "a.png"), pixels)
+    wide = np.zeros((64, 256, 3), dtype=np.uint8)
+    wide[:, 96:160] = 255                           # the central square is white, the sides are black
+    Image.fromarray(wide).save(tmp_path / "b.png")
+    assert (data.read_image(tmp_path / "b.png")[:, 2:-2] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
+def test_images_of_other_modes_become_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (40, 40), "white").convert(mode).save(path)
+    image = data.read_image(path)
+    assert image.shape == (32, 32, 3) and image.min() > 250
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_a_broken_image_is_named(tmp_path, content):
+    tree = image_tree(tmp_path / "tree")
+    broken = tree / "dog" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
+    with pytest.raises(data.DataError, match="dog/1.png"):
+        data.load("folder", tree)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(data.DataError, match="nothing_here"):
+        data.load("folder", tmp_path / "nothing_here")
+    (image_tree(tmp_path / "tree") / "empty_class").mkdir()
+    with pytest.raises(data.DataError, match="empty_class"):
+        data.load("folder", tmp_path / "tree")
+    with pytest.raises(data.DataError, match="unknown dataset"):
+        data.load("imagenet")
+
+
+def test_cifar10_without_a_download_tells_the_alternatives(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz.*--dataset folder.*--dataset shapes"):
+        data.load("cifar10", tmp_path)
+
+
+def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
+    n = 50
+    dataset = data.Dataset(torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 32, 32), torch.arange(n), [])
+    batches = data.Batches(dataset, 20, seed=1, device="cpu")
+    labels = [batches(step)[1] for step in range(10)]
+    stream = torch.cat(labels)
+    for epoch in range(4):
+        assert sorted(stream[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
+    assert stream[:n].tolist() != stream[n : 2 * n].tolist()
+    resumed = data.Batches(dataset, 20, seed=1, device="cpu")       # starts in the middle, across an epoch's end
+    assert all(torch.equal(resumed(step)[1], labels[step]) for step in (7, 8, 2))
+    assert not torch.equal(data.Batches(dataset, 20, seed=2, device="cpu")(0)[1], labels[0])
+    images, batch_labels = batches(3)
+    assert torch.equal(data.to_uint8(images)[:, 0, 0, 0].long(), batch_labels)
+    large = data.Batches(dataset, 120, seed=1, device="cpu")(0)[1]  # a batch of more than two epochs
+    assert torch.equal(large, stream[:120])
+
+
+def test_batches_of_shapes_are_images_in_range():
+    images, labels = data.Batches(data.load("shapes"), 8, 0, "cpu")(5)
+    assert images.shape == (8, 3, 32, 32) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert images.min() >= -1 and images.max() <= 1

@@ -1,0 +1,325 @@
+"""The scripts as a user calls them: a smoke run through all, exact resume, stop signals, and wrong calls."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_data import image_tree
+
+import checkpoint
+import cli
+import runtime
+import sample
+import train
+import train0
+
+TINY = ["--device", "cpu", "--batch_size", "4", "--log_every", "2", "--sample_every", "5", "--save_every", "3"]
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for signum, handler in before:
+        signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return str(image_tree(tmp_path_factory.mktemp("data") / "tree"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tree, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("runs") / "teacher")
+    assert call(train0, *teacher_flags(tree), "--run_dir", folder, "--steps", "6") == 0
+    return folder
+
+
+def teacher_flags(tree):
+    return ["--dataset", "folder", "--data_dir", tree, "--channels", "8", *TINY]
+
+
+def call(script, *argv):
+    """Exit code of `python script.py argv`, in this process."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(lambda: script.main(list(argv)))
+    return exit_info.value.code or 0
+
+
+def assert_same_run(one, other):
+    """Two run folders hold the same weights, averages, optimizer states, logged losses and grids, bit for bit."""
+    def flat(value, prefix=""):
+        if isinstance(value, dict):
+            return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}/{key}").items()}
+        return {prefix: value}
+
+    a, b = flat(checkpoint.load(one)), flat(checkpoint.load(other))
+    assert a.keys() == b.keys()
+    different = [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
+    assert different == []
+    speed = ("images_per_second", "memory_mib")
+    log_a, log_b = (
+        [{k: v for k, v in json.loads(line).items() if k not in speed} for line in open(f"{run}/log.jsonl")]
+        for run in (one, other)
+    )
+    assert log_a == log_b
+    grids = sorted(os.listdir(f"{one}/grids"))
+    assert grids == sorted(os.listdir(f"{other}/grids")) and grids
+    for name in grids:
+        assert open(f"{one}/grids/{name}", "rb").read() == open(f"{other}/grids/{name}", "rb").read()
+
+
+def test_teacher_student_and_samples_through_the_real_scripts(tmp_path, tree):
+    """One process each, by the README's commands."""
+    def python(*argv):
+        subprocess.run([sys.executable, *argv], cwd=ROOT, check=True, capture_output=True, timeout=300)
+
+    a, b = str(tmp_path / "teacher"), str(tmp_path / "dmd2")
+    python("train0.py", "--run_dir", a, "--steps", "3", *teacher_flags(tree))
+    python("train.py", "--teacher", a, "--run_dir", b, "--steps", "3", "--conditioning_sigma", "80", *TINY)
+    out, npz = str(tmp_path / "grid.png"), str(tmp_path / "samples.npz")
+    python("sample.py", "--checkpoint", b, "--out", out, "--npz", npz, "--num_images", "6", "--device", "cpu")
+    assert Image.open(out).size == (3 * 34 + 2, 2 * 34 + 2)         # a row for each of the two classes
+    arrays = np.load(npz)
+    assert arrays["arr_0"].shape == (6, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].tolist() == [0, 1, 0, 1, 0, 1] and arrays["arr_1"].dtype == np.int64
+    for run in (a, b):
+        assert {"checkpoint.pt", "log.jsonl", "tensorboard", "grids"} <= set(os.listdir(run))
+
+
+def test_the_demo_preset_runs_on_shapes(tmp_path):
+    few = ["--steps", "1", "--batch_size", "4", "--device", "cpu"]
+    assert call(train0, "--preset", "demo", "--run_dir", f"{tmp_path}/a", *few) == 0
+    assert call(train, "--preset", "demo", "--teacher", f"{tmp_path}/a", "--run_dir", f"{tmp_path}/b", *few) == 0
+    assert checkpoint.load(f"{tmp_path}/b")["settings"]["generator_lr"] == train.PRESETS["demo"]["generator_lr"]
+
+
+def test_the_defaults_are_the_seeds(monkeypatch):
+    args, _ = train.parse_args([])
+    wanted = dict(
+        conditioning_sigma=80.0, dfake_gen_update_ratio=10, min_step_percent=0.02, max_step_percent=0.98,
+        sigma_min=0.002, sigma_max=80.0,
+    )
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+def interrupted(monkeypatch, script, at_step, signum):
+    """Make the script receive a signal in the middle of step at_step."""
+    original = script.StepRandom
+
+    def step_random(seed, step, device):
+        if step == at_step and not done:
+            done.append(True)
+            os.kill(os.getpid(), signum)
+        return original(seed, step, device)
+
+    done = []
+    monkeypatch.setattr(script, "StepRandom", step_random)
+
+
+@pytest.mark.parametrize(("at_step", "signum"), [(2, signal.SIGTERM), (5, signal.SIGINT)])
+def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, capsys):
+    a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
+    assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "7") == 0
+    interrupted(monkeypatch, train0, at_step, signum)
+    assert call(train0, *teacher_flags(tree), "--run_dir", b, "--steps", "7") == 0
+    assert checkpoint.load(b)["step"] == at_step + 1
+    assert f"stopped; --resume goes on: step {at_step + 1} of 7" in capsys.readouterr().out
+    assert call(train0, "--run_dir", b, "--resume", "--device", "cpu") == 0
+    assert_same_run(a, b)
+
+
+@pytest.mark.parametrize(("at_step", "signum"), [(2, signal.SIGINT), (5, signal.SIGTERM)])
+def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch, teacher, at_step, signum):
+    a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
+    flags = ["--teacher", teacher, "--dfake_gen_update_ratio", "2", "--steps", "7", *TINY]
+    assert call(train, *flags, "--run_dir", a) == 0
+    interrupted(monkeypatch, train, at_step, signum)
+    assert call(train, *flags, "--run_dir", b) == 0
+    assert checkpoint.load(b)["step"] == at_step + 1
+    assert call(train, "--run_dir", b, "--resume", "--device", "cpu") == 0
+    assert_same_run(a, b)
+
+
+def test_a_run_killed_after_its_last_save_logs_no_step_twice(tmp_path, monkeypatch, tree):
+    a, b = str(tmp_path / "straight"), str(tmp_path / "killed")
+    assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "7") == 0
+    original = train0.StepRandom
+
+    def step_random(seed, step, device):            # dies in step 5: saved at 3, logged at 2 and 4
+        if step == 5:
+            raise KeyboardInterrupt
+        return original(seed, step, device)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train0, "StepRandom", step_random)
+        train0.main([*teacher_flags(tree), "--run_dir", b, "--steps", "7"])
+    assert checkpoint.load(b)["step"] == 3
+    with open(f"{b}/log.jsonl", "a") as file:       # and the kill cut a line
+        file.write('{"step": 6, "lo')
+    assert call(train0, "--run_dir", b, "--resume", "--device", "cpu") == 0
+    assert_same_run(a, b)
+
+
+def test_the_teacher_inside_the_student_is_bit_identical(tmp_path, teacher):
+    assert call(train, "--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--steps", "4", *TINY) == 0
+    ema, model = checkpoint.load(teacher)["model_ema"], checkpoint.load(f"{tmp_path}/b")["model"]
+    for name, tensor in ema.items():
+        assert torch.equal(model[f"guidance_model.real_unet.{name}"], tensor)
+    moved = [not torch.equal(model[f"guidance_model.fake_unet.{name}"], tensor) for name, tensor in ema.items()]
+    assert any(moved)
+
+
+def test_a_finished_run_resumes_to_nothing_and_can_be_prolonged(tmp_path, tree):
+    run = str(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2", "--resume") == 0    # nothing there yet
+    assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
+    assert checkpoint.load(run)["step"] == 2
+    assert call(train0, "--run_dir", run, "--resume", "--device", "cpu", "--steps", "3") == 0
+    assert checkpoint.load(run)["step"] == 3 and checkpoint.load(run)["settings"]["channels"] == 8
+
+
+def test_max_minutes_saves_and_stops(tmp_path, tree):
+    run = str(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "100000", "--max_minutes", "0.02") == 0
+    assert 0 < checkpoint.load(run)["step"] < 100000
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(tmp_path, tree, capsys):
+    run = str(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
+    before = open(f"{run}/checkpoint.pt", "rb").read()
+    capsys.readouterr()
+    flags = ["--run_dir", run, "--resume", "--device", "cpu", "--steps", "50", "--lr", "1e30", "--warmup_steps", "0"]
+    assert call(train0, *flags, "--lr_schedule", "constant") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1 and " at step " in lines[0] and ("loss" in lines[0] or "grad_norm" in lines[0])
+    assert open(f"{run}/checkpoint.pt", "rb").read() == before
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, tree):
+    run = str(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
+    before = open(f"{run}/checkpoint.pt", "rb").read()
+    command = [sys.executable, "train0.py", "--run_dir", run, "--resume", "--steps", "9", "--device", "cpu"]
+
+    def limit():                                    # no file may grow past half a checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
+    lines = [line for line in result.stderr.splitlines() if "error" in line]
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert len(lines) == 1 and "cannot save" in lines[0] and "checkpoint.pt" in lines[0]
+    assert open(f"{run}/checkpoint.pt", "rb").read() == before
+    assert not [name for name in os.listdir(run) if name.endswith(".tmp")]
+
+
+def test_images_depend_on_seed_and_index_alone(tmp_path, teacher):
+    def images(*flags):
+        path = f"{tmp_path}/x.npz"
+        flags = ["--num_steps", "3", "--device", "cpu", "--out", f"{tmp_path}/x.png", "--npz", path, *flags]
+        assert call(sample, "--checkpoint", teacher, *flags) == 0
+        return np.load(path)["arr_0"].astype(int)
+
+    twelve = images("--num_images", "12")
+    assert len(np.unique(twelve.reshape(12, -1), axis=0)) == 12
+    for flags in (["--batch_size", "5"], ["--batch_size", "1"]):
+        # Another batch size may take another kernel, which rounds differently: one grey level at the very most.
+        assert abs(images("--num_images", "12", *flags) - twelve).max() <= 1
+    assert abs(images("--num_images", "4") - twelve[:4]).max() <= 1
+    assert abs(images("--num_images", "12", "--seed", "1") - twelve).max() > 1
+
+
+def test_labels_by_name_and_number(tmp_path, teacher):
+    paths = ["--out", f"{tmp_path}/x.png", "--npz", f"{tmp_path}/x.npz", "--num_steps", "2", "--device", "cpu"]
+    assert call(sample, "--checkpoint", teacher, "--labels", "dog", "0", "1", "--num_images", "5", *paths) == 0
+    assert np.load(f"{tmp_path}/x.npz")["arr_1"].tolist() == [1, 0, 1, 1, 0]
+
+
+WRONG = [
+    (train, ["--conditioning_sigma", "-1"], "--conditioning_sigma"),
+    (train, ["--conditioning_sigma", "nan"], "--conditioning_sigma"),
+    (train, ["--min_step_percent", "0.9", "--max_step_percent", "0.1"], "--min_step_percent"),
+    (train, ["--max_step_percent", "1.5"], "--max_step_percent"),
+    (train, ["--sigma_min", "90"], "--sigma_min"),
+    (train, ["--dfake_gen_update_ratio", "0"], "--dfake_gen_update_ratio"),
+    (train, ["--generator_lr", "inf"], "--generator_lr"),
+    (train, ["--teacher", "no_such_run"], "no_such_run"),
+    (train, ["--teacher", "{tree}"], "no checkpoint.pt in this folder"),
+    (train, ["--teacher", "{tree}/cat/0.png"], "0.png is not a checkpoint"),
+    (train, ["--teacher", "{cut}"], "cut.pt"),
+    (train, ["--teacher", "{teacher}", "--device", "cuda:99"], "--device"),
+    (train, ["--preset", "nothing"], "unknown preset"),
+    (train, ["--run_dir", "{tree}/cat/0.png"], "is a file"),
+    (train0, ["--dataset", "imagenet"], "--dataset"),
+    (train0, ["--dataset", "folder", "--data_dir", "no_such_folder"], "no_such_folder"),
+    (train0, ["--dataset", "folder", "--data_dir", "{broken}"], "dog/1.png"),
+    (train0, ["--dataset", "shapes", "--channels", "12"], "--channels"),
+    (train0, ["--dataset", "shapes", "--batch_size", "1.5"], "--batch_size"),
+    (train0, ["--dataset", "shapes", "--steps", "-3"], "--steps"),
+    (train0, ["--dataset", "shapes", "--no_such_flag", "1"], "--no_such_flag"),
+    (train0, ["--dataset", "shapes", "--device", "tpu"], "--device"),
+    (train0, ["--run_dir", "{teacher}"], "holds a run already"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--channels", "16"], "--channels 16 differs"),
+    (train, ["--run_dir", "{teacher}", "--resume"], "holds a teacher, but a student is needed"),
+    (sample, ["--checkpoint", "no_such_run"], "no_such_run"),
+    (sample, ["--checkpoint", "{teacher}", "--labels", "cow"], "cat, dog"),
+    (sample, ["--checkpoint", "{teacher}", "--out", "no_such_folder/x.png"], "no_such_folder"),
+    (sample, ["--checkpoint", "{teacher}", "--num_images", "0"], "--num_images"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "said"), WRONG, ids=[f"{s.__name__} {' '.join(f)}" for s, f, _ in WRONG])
+def test_a_wrong_call_is_one_line_exit_code_2_and_writes_nothing(
+    script, flags, said, tmp_path, tree, teacher, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    image_tree(tmp_path / "broken")
+    (tmp_path / "broken" / "dog" / "1.png").write_bytes(b"broken")
+    (tmp_path / "cut.pt").write_bytes(open(f"{teacher}/checkpoint.pt", "rb").read()[:-1000])
+    names = dict(tree=tree, teacher=teacher, broken=tmp_path / "broken", cut=tmp_path / "cut.pt")
+    here = sorted(os.listdir(tmp_path))
+    saved = open(f"{teacher}/checkpoint.pt", "rb").read()
+    assert call(script, *(flag.format(**names) for flag in flags)) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "error: " in err and said in err
+    assert sorted(os.listdir(tmp_path)) == here and open(f"{teacher}/checkpoint.pt", "rb").read() == saved
+
+
+@pytest.mark.parametrize("script", [train0, train, sample])
+def test_help_states_every_default(script, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(["--help"])
+    out = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    assert "--seed" in out and "--device" in out and "(default: " in out
+
+
+def test_imports_run_one_way():
+    order = ["train0 train sample", "cli", "sampling unified_model", "guidance checkpoint runtime", "data", "model diffusion randomness shapes"]
+    rank = {name: i for i, names in enumerate(order) for name in names.split()}
+    files = {path.stem: path.read_text().splitlines() for path in ROOT.glob("*.py")}
+    assert set(files) == set(rank)
+    for name, lines in files.items():
+        for line in lines:
+            words = line.split()
+            if line.startswith(("import ", "from ")) and words[1] in rank:
+                assert rank[words[1]] > rank[name], f"{name}.py: {line}"
+
+
+def test_class_grid_puts_a_class_in_each_row():
+    labels = torch.arange(6) % 3                    # images 0..5, 3 rows
+    images = (labels.float() / 2 * 2 - 1).reshape(6, 1, 1, 1).expand(6, 3, 32, 32)
+    picture = runtime.class_grid(images, 3)
+    for row in range(3):
+        cells = picture[:, 34 * row + 2 : 34 * row + 34, 2:34]
+        torch.testing.assert_close(cells, torch.full_like(cells, row / 2), atol=0.01, rtol=0)

@@ -1,0 +1,172 @@
+"""Phase 2: distil the teacher into a one-step generator with DMD2 (Yin et al. 2024, arXiv 2405.14867).
+
+    python train.py --conditioning_sigma 80                      # from runs/teacher into runs/dmd2
+    python train.py --teacher runs/demo/teacher --preset demo    # minutes on a CPU
+    python train.py --resume                                     # goes on where runs/dmd2 stopped
+
+Neither loss shows progress (each chases a moving target): look at runs/dmd2/grids, the teacher on the left and the
+student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl, tensorboard --logdir runs
+"""
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import diffusion
+import runtime
+from model import SimpleUNet
+from randomness import StepRandom, image_noise
+from unified_model import UnifiedModel
+
+PRESETS = {
+    "demo": dict(
+        batch_size=64, steps=1600, dfake_gen_update_ratio=5, generator_lr=1e-4, guidance_lr=2e-4, ema_decay=0.98,
+        log_every=20, sample_every=400, save_every=400,
+    ),
+}
+# Two steps can follow one another only if these stay as they were.
+FIXED = ("teacher", "batch_size", "seed", "conditioning_sigma", "sigma_min", "sigma_max")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Distil the teacher into a one-step generator.")
+    parser.add_argument("--teacher", default="runs/teacher", help="a teacher's run folder or checkpoint")
+    cli.add_training(parser, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000)
+    parser.add_argument(
+        "--conditioning_sigma", type=cli.positive, default=80.0, help="noise level that the generator starts from"
+    )
+    parser.add_argument(
+        "--dfake_gen_update_ratio", type=cli.count, default=10, help="guidance turns per generator turn"
+    )
+    noise = "noise of the DM loss, as a fraction of the 1000 Karras steps"
+    parser.add_argument("--min_step_percent", type=cli.fraction, default=0.02, help=f"least {noise}")
+    parser.add_argument("--max_step_percent", type=cli.fraction, default=0.98, help=f"most {noise}")
+    parser.add_argument("--generator_lr", type=cli.positive, default=1e-4, help="learning rate of feedforward_model")
+    parser.add_argument("--guidance_lr", type=cli.positive, default=2e-4, help="learning rate of fake_unet")
+    parser.add_argument(
+        "--ema_decay", type=cli.fraction, default=0.999, help="of the generator, per generator turn, at most (see EMA)"
+    )
+    args, state = cli.parse_training(parser, "student", PRESETS, argv, FIXED)
+    if args.min_step_percent > args.max_step_percent:
+        parser.error(f"--min_step_percent {args.min_step_percent} is above --max_step_percent {args.max_step_percent}")
+    return args, state
+
+
+def main(argv=None):
+    args, state = parse_args(argv)
+    device = cli.device(args)
+
+    # --- generator, guidance, EMA, optimizers ------------------------------------------------------------------------
+    teacher = checkpoint.load(args.teacher, kind="teacher") if state is None else None
+    source = state or teacher
+    net = SimpleUNet(**source["model_config"])
+    if teacher:
+        net.load_state_dict(teacher["model_ema"])
+    model = UnifiedModel(
+        net, args.conditioning_sigma, min_step_percent=args.min_step_percent, max_step_percent=args.max_step_percent,
+        sigma_min=args.sigma_min, sigma_max=args.sigma_max,
+    ).to(device, memory_format=torch.channels_last)
+    generator, guidance = model.feedforward_model, model.guidance_model
+    ema = checkpoint.EMA(generator, args.ema_decay)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, fused=True)
+    guidance_optimizer = torch.optim.Adam(guidance.fake_unet.parameters(), lr=args.guidance_lr, fused=True)
+    step = 0
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        generator_optimizer.load_state_dict(state["generator_optimizer"])
+        guidance_optimizer.load_state_dict(state["guidance_optimizer"])
+        step = state["step"]
+    for optimizer, lr in ((generator_optimizer, args.generator_lr), (guidance_optimizer, args.guidance_lr)):
+        optimizer.param_groups[0]["lr"] = lr
+    if args.compile:
+        for network in (generator, guidance.fake_unet, guidance.real_unet):
+            network.compile()
+
+    run = runtime.RunFolder(args.run_dir, step)
+    stop = runtime.StopSignal(args.max_minutes)
+    meter = runtime.Meter(step, device, state and state["meter"])
+
+    def save():
+        checkpoint.save(
+            run.path / checkpoint.NAME,
+            dict(
+                kind="student", step=step, classes=source["classes"], model_config=net.config,
+                model_ema=ema.module.state_dict(), conditioning_sigma=args.conditioning_sigma,
+                sigma_min=args.sigma_min, sigma_max=args.sigma_max,
+                # From here on what only a resume needs; the randomness follows from the step. The teacher is in `model`,
+                # so that the run stands on its own.
+                settings=cli.settings(args), model=model.state_dict(), ema=ema.state_dict(), meter=meter.state(),
+                generator_optimizer=generator_optimizer.state_dict(),
+                guidance_optimizer=guidance_optimizer.state_dict(),
+            ),
+        )
+
+    rows = len(source["classes"])
+    grid_z = image_noise(args.seed, range(8 * rows)).to(device)
+    grid_labels = torch.arange(8 * rows, device=device) % rows
+    with runtime.autocast(device, args.precision):
+        teacher = guidance.real_unet
+        teacher_grid = diffusion.heun_sample(teacher, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
+
+    @torch.no_grad()
+    def log_grid():
+        with runtime.autocast(device, args.precision):
+            images = diffusion.one_step_sample(ema.module, grid_z, grid_labels, args.conditioning_sigma)
+            _, log = model.generator_turn(images, grid_labels, StepRandom(args.seed, 0, device))
+        run.grid(step, "teacher_student", rows, teacher_grid, images)
+        run.grid(step, "dm_gradient", rows, log["grad"] / 4 / log["grad"].std())
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
+    while step < args.steps and not stop:
+        rng = StepRandom(args.seed, step, device)
+        z = rng.normal(args.batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
+        labels = rng.integers(0, rows - 1, args.batch_size)                         # [B]
+        generator_turn = step % args.dfake_gen_update_ratio == 0
+        with torch.set_grad_enabled(generator_turn), runtime.autocast(device, args.precision):
+            x_gen = model.generate(z, labels)                                       # [B, 3, 32, 32]
+
+        if generator_turn:
+            with runtime.autocast(device, args.precision):
+                loss_dm, _ = model.generator_turn(x_gen, labels, rng)
+            loss_dm.backward()
+            generator_grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
+            generator_optimizer.step()
+            generator_optimizer.zero_grad(set_to_none=True)
+            ema.update_parameters(generator)
+            meter.add(step, loss_dm=loss_dm, generator_grad_norm=generator_grad_norm)
+
+        with runtime.autocast(device, args.precision):
+            loss_fake, _ = model.guidance_turn(x_gen, labels, rng)
+        loss_fake.backward()
+        fake_grad_norm = clip_grad_norm_(guidance.fake_unet.parameters(), args.max_grad_norm)
+        guidance_optimizer.step()
+        guidance_optimizer.zero_grad(set_to_none=True)
+        meter.add(step, loss_fake=loss_fake, fake_grad_norm=fake_grad_norm)
+        step += 1
+        bar.update()
+
+        if step % args.log_every == 0 or step == args.steps:
+            images_per_second = meter.rate(step) * args.batch_size
+            means = meter.read()
+            bar.set_postfix(loss_fake=f"{means['loss_fake']:.4f}", images_per_s=f"{images_per_second:.0f}")
+            memory = runtime.peak_memory_mib(device)
+            run.scalars(step, dict(means, images_per_second=images_per_second, memory_mib=memory))
+        with meter.paused():
+            if step % args.sample_every == 0 or step == args.steps:
+                log_grid()
+            if step % args.save_every == 0 or step == args.steps:
+                save()
+    if stop and step < args.steps:
+        save()
+    bar.close()
+    run.close()
+    how = "done" if step == args.steps else "stopped; --resume goes on"
+    print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

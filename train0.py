@@ -1,0 +1,168 @@
+"""Phase 1: train the diffusion teacher.
+
+    python train0.py                                             # CIFAR-10, downloaded to data/
+    python train0.py --dataset folder --data_dir my_images       # any tree of <class>/<image>
+    python train0.py --dataset shapes --preset demo              # nothing to download, minutes on a CPU
+    python train0.py --resume                                    # goes on where runs/teacher stopped
+
+Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tensorboard --logdir runs
+"""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import data
+import diffusion
+import runtime
+from model import SimpleUNet
+from randomness import StepRandom, image_noise
+
+PRESETS = {
+    # Ten figures on 2 CPU cores in minutes.
+    "demo": dict(
+        dataset="shapes", channels=32, batch_size=64, steps=1600, lr=2e-3, ema_decay=0.99,
+        log_every=20, sample_every=400, save_every=400,
+    ),
+}
+# Two steps can follow one another only if these stay as they were.
+FIXED = ("dataset", "channels", "blocks", "batch_size", "seed")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Train the diffusion teacher.")
+    cli.add_dataset(parser)
+    cli.add_training(parser, run_dir="runs/teacher", steps=50_000, batch_size=256, sample_every=2500, save_every=1000)
+    parser.add_argument("--channels", type=cli.number(int, 8), default=64, help="of the first level, a multiple of 8")
+    parser.add_argument("--blocks", type=cli.count, default=1, help="residual blocks per level")
+    parser.add_argument("--lr", type=cli.positive, default=1e-3, help="peak learning rate of Adam")
+    parser.add_argument("--warmup_steps", type=cli.natural, default=100, help="steps of linear rise to the peak")
+    parser.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="after the rise")
+    parser.add_argument("--ema_decay", type=cli.number(float, 0, 1), default=0.9995, help="per step, at most (see EMA)")
+    parser.add_argument("--flip", type=cli.number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
+    parser.add_argument(
+        "--sigma_sampling", choices=["lognormal", "grid"], default="lognormal",
+        help="training noise: ln(sigma) ~ N(p_mean, p_std^2), or uniform over the 1000 Karras steps",
+    )
+    parser.add_argument("--p_mean", type=cli.number(float, -10, 10), default=-1.2)
+    parser.add_argument("--p_std", type=cli.positive, default=1.2)
+    args, state = cli.parse_training(parser, "teacher", PRESETS, argv, FIXED)
+    if args.channels % 8:
+        parser.error(f"--channels {args.channels} is not a multiple of 8")
+    return args, state
+
+
+def learning_rate(step, args):
+    """Linear rise to the peak, then constant or half a cosine down to zero at the last step."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    if args.lr_schedule == "constant":
+        return args.lr
+    progress = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    return args.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def main(argv=None):
+    args, state = parse_args(argv)
+    device = cli.device(args)
+    dataset = data.load(args.dataset, args.data_dir)
+    torch.manual_seed(args.seed)
+
+    # --- network, EMA, optimizer -------------------------------------------------------------------------------------
+    net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
+    net = net.to(device, memory_format=torch.channels_last)
+    ema = checkpoint.EMA(net, args.ema_decay)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    step = 0
+    if state:
+        if state["classes"] != dataset.classes:
+            raise cli.UsageError(f"the classes of --dataset {args.dataset} are not those of the run in {args.run_dir}")
+        net.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    if args.compile:
+        net.compile()
+
+    batches = data.Batches(dataset, args.batch_size, args.seed, device)
+    sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
+    run = runtime.RunFolder(args.run_dir, step)
+    stop = runtime.StopSignal(args.max_minutes)
+    meter = runtime.Meter(step, device, state and state["meter"])
+
+    def save():
+        checkpoint.save(
+            run.path / checkpoint.NAME,
+            dict(
+                kind="teacher", step=step, classes=dataset.classes, model_config=net.config,
+                model_ema=ema.module.state_dict(), sigma_min=args.sigma_min, sigma_max=args.sigma_max,
+                # From here on what only a resume needs; the randomness and the place in the data follow from the step.
+                settings=cli.settings(args), model=net.state_dict(), ema=ema.state_dict(), meter=meter.state(),
+                optimizer=optimizer.state_dict(),
+            ),
+        )
+
+    rows = len(dataset.classes)
+    grid_z = image_noise(args.seed, range(8 * rows)).to(device)
+    grid_labels = torch.arange(8 * rows, device=device) % rows
+
+    def log_grid():
+        with runtime.autocast(device, args.precision):
+            images = diffusion.heun_sample(ema.module, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
+        run.grid(step, "teacher", rows, images)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
+    while step < args.steps and not stop:
+        rng = StepRandom(args.seed, step, device)
+        x_0, labels = batches(step)                                                 # [B, 3, 32, 32], [B]
+        n = len(x_0)
+        if args.flip:
+            x_0 = torch.where(rng.uniform(n, 1, 1, 1) < 0.5, x_0.flip(-1), x_0)
+        if args.sigma_sampling == "lognormal":
+            sigma = diffusion.lognormal_sigma(rng.normal(n, 1, 1, 1), args.p_mean, args.p_std)
+        else:
+            sigma = sigmas[rng.integers(0, len(sigmas) - 1, n, 1, 1, 1)]            # [B, 1, 1, 1]
+
+        # L = mean(w(sigma) (x0_hat(x_0 + sigma eps) - x_0)^2)        Karras et al. 2022, equations 2 and 8
+        x_t = (x_0 + sigma * rng.normal(*x_0.shape)).to(memory_format=torch.channels_last)
+        with runtime.autocast(device, args.precision):
+            x0_hat = net(x_t, sigma, labels)
+        loss = (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean()
+
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update_parameters(net)
+        meter.add(step, loss=loss, grad_norm=grad_norm)
+        step += 1
+        bar.update()
+
+        if step % args.log_every == 0 or step == args.steps:
+            images_per_second = meter.rate(step) * args.batch_size
+            means = meter.read()
+            bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")
+            memory = runtime.peak_memory_mib(device)
+            lr = learning_rate(step - 1, args)
+            run.scalars(step, dict(means, lr=lr, images_per_second=images_per_second, memory_mib=memory))
+        with meter.paused():
+            if step % args.sample_every == 0 or step == args.steps:
+                log_grid()
+            if step % args.save_every == 0 or step == args.steps:
+                save()
+    if stop and step < args.steps:
+        save()
+    bar.close()
+    run.close()
+    how = "done" if step == args.steps else "stopped; --resume goes on"
+    print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
