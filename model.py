@@ -75,7 +75,7 @@ class SimpleUNet(nn.Module):
         downsample: "first" halves the resolution before a level's blocks, "last" after them.
     """
 
-    def __init__(self, channels=64, label_dim=10, blocks=1, sigma_data=0.5, downsample="first"):
+    def __init__(self, channels=64, label_dim=10, blocks=1, sigma_data=0.5, downsample="first", head=True):
         super().__init__()
         if channels < 8 or channels % 8:
             raise ValueError(f"channels must be a positive multiple of 8, got {channels}")
@@ -107,9 +107,10 @@ class SimpleUNet(nn.Module):
             )
         self.middle = nn.ModuleList([ResBlock(width[-1], width[-1], emb), ResBlock(width[-1], width[-1], emb)])
         self.attention = SelfAttention(width[-1])
-        self.head = ResBlock(2 * channels, channels, emb)
-        self.out_norm = group_norm(channels)
-        self.out_conv = nn.Conv2d(channels, 3, 3, padding=1)
+        self.head = ResBlock(2 * channels, channels, emb) if head else None
+        out = channels if head else 2 * channels
+        self.out_norm = group_norm(out)
+        self.out_conv = nn.Conv2d(out, 3, 3, padding=1)
         nn.init.zeros_(self.out_conv.weight)
         nn.init.zeros_(self.out_conv.bias)
 
@@ -174,5 +175,7 @@ class SimpleUNet(nn.Module):
                 h = block(h, emb)
             if self.downsample == "first":
                 h = F.interpolate(h, scale_factor=2, mode="nearest")
-        h = self.head(torch.cat([h, stem], dim=1), emb)                             # [B, C, 32, 32]
+        h = torch.cat([h, stem], dim=1)
+        if self.head is not None:
+            h = self.head(h, emb)
         return self.out_conv(F.silu(self.out_norm(h)))                              # [B, 3, 32, 32]
