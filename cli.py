@@ -35,8 +35,8 @@ def number(kind, low, high=math.inf, open_low=False):
     def parse(text):
         value = kind(text)
         if not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
-            above = f"{'above' if open_low else 'at least'} {low}"
-            raise argparse.ArgumentTypeError(f"{text} is not {above}" + (f" and at most {high}" if high < math.inf else ""))
+            wanted = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
     parse.__name__ = kind.__name__                  # argparse names it in "invalid int value"
@@ -58,7 +58,7 @@ def add_common(parser):
         "--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="of the network; auto is bf16 where the hardware has it; weights and preconditioning are always float32",
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks (slow to start, then faster)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
 
 
 def add_training(parser, run_dir, steps, batch_size, sample_every, save_every):
@@ -114,6 +114,8 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
     if found and not args.resume and not args.overwrite:
         raise UsageError(f"{args.run_dir} holds a run already: give --resume, --overwrite, or another --run_dir")
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite exclude one another")
     if Path(args.run_dir).exists() and not Path(args.run_dir).is_dir():
         raise UsageError(f"--run_dir {args.run_dir} is a file")
     state = None
@@ -149,5 +151,6 @@ def run(main):
         code, line = 1, error
     except torch.OutOfMemoryError as error:
         code, line = 1, f"out of memory, try a smaller --batch_size: {str(error).splitlines()[0]}"
-    print(f"{script}: error: {line}", file=sys.stderr)
+    below_the_bar = "\n" if code == 1 and sys.stderr.isatty() else ""
+    print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr)
     sys.exit(code)

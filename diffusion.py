@@ -44,7 +44,7 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
     Returns:
         images, float32 [B, 3, 32, 32], about [-1, 1], not clipped.
     """
-    sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).to(z.device, torch.float32)
+    sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).float().to(z.device)
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])                               # t_N = 0
     x = z.float() * sigmas[0]
     for i in range(num_steps):

@@ -129,6 +129,12 @@ class RunFolder:
         self.path = Path(path)
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
         self.log_path = self.path / "log.jsonl"
+        for leftover in self.path.glob("*.tmp"):    # of a save that was killed
+            leftover.unlink()
+        if start_step == 0:                         # a new run starts clean: --overwrite, or one that died unsaved
+            for pattern in ("checkpoint.pt", "log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"):
+                for old in self.path.glob(pattern):
+                    old.unlink()
         # A run killed between a save and now has logged steps that are about to be taken again: drop those.
         if self.log_path.exists():
             lines = [line for line in self.log_path.read_text().splitlines() if json_step(line) <= start_step]

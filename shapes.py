@@ -56,9 +56,9 @@ def draw(n, seed):
     """
     rng = np.random.default_rng([0x5AFE5, seed])
     labels = np.arange(n) % len(CLASSES)
-    radius = rng.uniform(10, 12, n).astype(np.float32)                              # pixels
-    centre = SIZE / 2 + rng.uniform(-2, 2, (2, n)).astype(np.float32)               # pixels
-    angle = np.deg2rad(rng.uniform(-8, 8, n)).astype(np.float32)
+    radius = rng.uniform(10.5, 11.5, n).astype(np.float32)                              # pixels
+    centre = SIZE / 2 + rng.uniform(-1, 1, (2, n)).astype(np.float32)               # pixels
+    angle = np.deg2rad(rng.uniform(-6, 6, n)).astype(np.float32)
     mirror = rng.choice(np.array([-1, 1], dtype=np.float32), n)                     # flips keep the distribution
     colour = COLOURS[rng.integers(len(COLOURS), size=n)]                            # [n, 3]
 

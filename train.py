@@ -60,8 +60,8 @@ def main(argv=None):
 
     # --- generator, guidance, EMA, optimizers ------------------------------------------------------------------------
     teacher = checkpoint.load(args.teacher, kind="teacher") if state is None else None
-    source = state or teacher
-    net = SimpleUNet(**source["model_config"])
+    classes = (state or teacher)["classes"]
+    net = SimpleUNet(**(state or teacher)["model_config"])
     if teacher:
         net.load_state_dict(teacher["model_ema"])
     model = UnifiedModel(
@@ -79,6 +79,8 @@ def main(argv=None):
         generator_optimizer.load_state_dict(state["generator_optimizer"])
         guidance_optimizer.load_state_dict(state["guidance_optimizer"])
         step = state["step"]
+    meter = runtime.Meter(step, device, state and state["meter"])
+    del teacher, state                              # several times the size of the network
     for optimizer, lr in ((generator_optimizer, args.generator_lr), (guidance_optimizer, args.guidance_lr)):
         optimizer.param_groups[0]["lr"] = lr
     if args.compile:
@@ -87,24 +89,23 @@ def main(argv=None):
 
     run = runtime.RunFolder(args.run_dir, step)
     stop = runtime.StopSignal(args.max_minutes)
-    meter = runtime.Meter(step, device, state and state["meter"])
 
     def save():
         checkpoint.save(
             run.path / checkpoint.NAME,
             dict(
-                kind="student", step=step, classes=source["classes"], model_config=net.config,
+                kind="student", step=step, classes=classes, model_config=net.config,
                 model_ema=ema.module.state_dict(), conditioning_sigma=args.conditioning_sigma,
                 sigma_min=args.sigma_min, sigma_max=args.sigma_max,
-                # From here on what only a resume needs; the randomness follows from the step. The teacher is in `model`,
-                # so that the run stands on its own.
+                # From here on what only a resume needs; the randomness follows from the step. `model` holds the teacher
+                # too, so that the run stands on its own.
                 settings=cli.settings(args), model=model.state_dict(), ema=ema.state_dict(), meter=meter.state(),
                 generator_optimizer=generator_optimizer.state_dict(),
                 guidance_optimizer=guidance_optimizer.state_dict(),
             ),
         )
 
-    rows = len(source["classes"])
+    rows = len(classes)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
     with runtime.autocast(device, args.precision):

@@ -84,6 +84,8 @@ def main(argv=None):
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    meter = runtime.Meter(step, device, state and state["meter"])
+    del state                                       # several times the size of the network
     if args.compile:
         net.compile()
 
@@ -91,7 +93,6 @@ def main(argv=None):
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
     run = runtime.RunFolder(args.run_dir, step)
     stop = runtime.StopSignal(args.max_minutes)
-    meter = runtime.Meter(step, device, state and state["meter"])
 
     def save():
         checkpoint.save(

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,10 @@ def teacher(tree, tmp_path_factory):
     return folder
 
 
+def read(path):
+    return Path(path).read_bytes()
+
+
 def teacher_flags(tree):
     return ["--dataset", "folder", "--data_dir", tree, "--channels", "8", *TINY]
 
@@ -68,14 +73,14 @@ def assert_same_run(one, other):
     assert different == []
     speed = ("images_per_second", "memory_mib")
     log_a, log_b = (
-        [{k: v for k, v in json.loads(line).items() if k not in speed} for line in open(f"{run}/log.jsonl")]
+        [{k: v for k, v in json.loads(line).items() if k not in speed} for line in read(f"{run}/log.jsonl").splitlines()]
         for run in (one, other)
     )
     assert log_a == log_b
     grids = sorted(os.listdir(f"{one}/grids"))
     assert grids == sorted(os.listdir(f"{other}/grids")) and grids
     for name in grids:
-        assert open(f"{one}/grids/{name}", "rb").read() == open(f"{other}/grids/{name}", "rb").read()
+        assert read(f"{one}/grids/{name}") == read(f"{other}/grids/{name}")
 
 
 def test_teacher_student_and_samples_through_the_real_scripts(tmp_path, tree):
@@ -197,19 +202,19 @@ def test_max_minutes_saves_and_stops(tmp_path, tree):
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(tmp_path, tree, capsys):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
-    before = open(f"{run}/checkpoint.pt", "rb").read()
+    before = read(f"{run}/checkpoint.pt")
     capsys.readouterr()
     flags = ["--run_dir", run, "--resume", "--device", "cpu", "--steps", "50", "--lr", "1e30", "--warmup_steps", "0"]
     assert call(train0, *flags, "--lr_schedule", "constant") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1 and " at step " in lines[0] and ("loss" in lines[0] or "grad_norm" in lines[0])
-    assert open(f"{run}/checkpoint.pt", "rb").read() == before
+    assert read(f"{run}/checkpoint.pt") == before
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, tree):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
-    before = open(f"{run}/checkpoint.pt", "rb").read()
+    before = read(f"{run}/checkpoint.pt")
     command = [sys.executable, "train0.py", "--run_dir", run, "--resume", "--steps", "9", "--device", "cpu"]
 
     def limit():                                    # no file may grow past half a checkpoint
@@ -219,7 +224,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, tree):
     lines = [line for line in result.stderr.splitlines() if "error" in line]
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert len(lines) == 1 and "cannot save" in lines[0] and "checkpoint.pt" in lines[0]
-    assert open(f"{run}/checkpoint.pt", "rb").read() == before
+    assert read(f"{run}/checkpoint.pt") == before
     assert not [name for name in os.listdir(run) if name.endswith(".tmp")]
 
 
@@ -285,14 +290,14 @@ def test_a_wrong_call_is_one_line_exit_code_2_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     image_tree(tmp_path / "broken")
     (tmp_path / "broken" / "dog" / "1.png").write_bytes(b"broken")
-    (tmp_path / "cut.pt").write_bytes(open(f"{teacher}/checkpoint.pt", "rb").read()[:-1000])
+    (tmp_path / "cut.pt").write_bytes(read(f"{teacher}/checkpoint.pt")[:-1000])
     names = dict(tree=tree, teacher=teacher, broken=tmp_path / "broken", cut=tmp_path / "cut.pt")
     here = sorted(os.listdir(tmp_path))
-    saved = open(f"{teacher}/checkpoint.pt", "rb").read()
+    saved = read(f"{teacher}/checkpoint.pt")
     assert call(script, *(flag.format(**names) for flag in flags)) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "error: " in err and said in err
-    assert sorted(os.listdir(tmp_path)) == here and open(f"{teacher}/checkpoint.pt", "rb").read() == saved
+    assert sorted(os.listdir(tmp_path)) == here and read(f"{teacher}/checkpoint.pt") == saved
 
 
 @pytest.mark.parametrize("script", [train0, train, sample])
@@ -305,7 +310,10 @@ def test_help_states_every_default(script, capsys):
 
 
 def test_imports_run_one_way():
-    order = ["train0 train sample", "cli", "sampling unified_model", "guidance checkpoint runtime", "data", "model diffusion randomness shapes"]
+    order = [
+        "train0 train sample", "cli", "sampling unified_model", "guidance checkpoint runtime", "data",
+        "model diffusion randomness shapes",
+    ]
     rank = {name: i for i, names in enumerate(order) for name in names.split()}
     files = {path.stem: path.read_text().splitlines() for path in ROOT.glob("*.py")}
     assert set(files) == set(rank)
