@@ -35,8 +35,8 @@ def number(kind, low, high=math.inf, open_low=False):
     def parse(text):
         value = kind(text)
         if not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
-            wanted = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            limit = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}{limit}")
         return value
 
     parse.__name__ = kind.__name__                  # argparse names it in "invalid int value"

@@ -73,7 +73,7 @@ def assert_same_run(one, other):
     assert different == []
     speed = ("images_per_second", "memory_mib")
     log_a, log_b = (
-        [{k: v for k, v in json.loads(line).items() if k not in speed} for line in read(f"{run}/log.jsonl").splitlines()]
+        [{k: v for k, v in json.loads(s).items() if k not in speed} for s in read(f"{run}/log.jsonl").splitlines()]
         for run in (one, other)
     )
     assert log_a == log_b
