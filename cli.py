@@ -71,6 +71,10 @@ def add_training(parser, run_dir, steps, batch_size, sample_every, save_every):
     parser.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
     parser.add_argument("--save_every", type=count, default=save_every, help="steps between two checkpoints")
     parser.add_argument("--max_minutes", type=positive, help="save and stop after so many minutes; --resume goes on")
+    parser.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise to the learning rate")
+    parser.add_argument(
+        "--lr_schedule", choices=["cosine", "constant"], default="constant", help="after the rise; cosine ends at zero"
+    )
     parser.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
     parser.add_argument("--preset", help="a named set of defaults")
     parser.add_argument(

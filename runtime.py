@@ -65,6 +65,14 @@ class StopSignal:
         return self.signum is not None or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
+def lr_factor(step, args):
+    """Learning rate at a step, as a fraction of its peak: a linear rise, then constant or half a cosine to zero."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    return (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1.0
+
+
 class NonFiniteError(Exception):
     """A loss or gradient norm became NaN or infinite."""
 

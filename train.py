@@ -22,7 +22,8 @@ from unified_model import UnifiedModel
 
 PRESETS = {
     "demo": dict(
-        batch_size=64, steps=1600, dfake_gen_update_ratio=5, generator_lr=1e-4, guidance_lr=2e-4, ema_decay=0.98,
+        batch_size=32, steps=1200, dfake_gen_update_ratio=5, generator_lr=3e-4, guidance_lr=6e-4, ema_decay=0.95,
+        lr_schedule="cosine",
         log_every=20, sample_every=400, save_every=400,
     ),
 }
@@ -81,8 +82,6 @@ def main(argv=None):
         step = state["step"]
     meter = runtime.Meter(step, device, state and state["meter"])
     del teacher, state                              # several times the size of the network
-    for optimizer, lr in ((generator_optimizer, args.generator_lr), (guidance_optimizer, args.guidance_lr)):
-        optimizer.param_groups[0]["lr"] = lr
     if args.compile:
         for network in (generator, guidance.fake_unet, guidance.real_unet):
             network.compile()
@@ -126,6 +125,9 @@ def main(argv=None):
         rng = StepRandom(args.seed, step, device)
         z = rng.normal(args.batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
         labels = rng.integers(0, rows - 1, args.batch_size)                         # [B]
+        factor = runtime.lr_factor(step, args)
+        generator_optimizer.param_groups[0]["lr"] = args.generator_lr * factor
+        guidance_optimizer.param_groups[0]["lr"] = args.guidance_lr * factor
         generator_turn = step % args.dfake_gen_update_ratio == 0
         with torch.set_grad_enabled(generator_turn), runtime.autocast(device, args.precision):
             x_gen = model.generate(z, labels)                                       # [B, 3, 32, 32]

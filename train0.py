@@ -8,8 +8,6 @@
 Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tensorboard --logdir runs
 """
 
-import math
-
 import torch
 from tqdm import tqdm
 
@@ -24,7 +22,7 @@ from randomness import StepRandom, image_noise
 PRESETS = {
     # Ten figures on 2 CPU cores in minutes.
     "demo": dict(
-        dataset="shapes", channels=32, batch_size=64, steps=1600, lr=2e-3, ema_decay=0.99,
+        dataset="shapes", channels=32, batch_size=32, steps=1400, lr=2e-3, ema_decay=0.995, p_mean=0.3, p_std=1.5,
         log_every=20, sample_every=400, save_every=400,
     ),
 }
@@ -39,8 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--channels", type=cli.number(int, 8), default=64, help="of the first level, a multiple of 8")
     parser.add_argument("--blocks", type=cli.count, default=1, help="residual blocks per level")
     parser.add_argument("--lr", type=cli.positive, default=1e-3, help="peak learning rate of Adam")
-    parser.add_argument("--warmup_steps", type=cli.natural, default=100, help="steps of linear rise to the peak")
-    parser.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help="after the rise")
+    parser.set_defaults(lr_schedule="cosine")
     parser.add_argument("--ema_decay", type=cli.number(float, 0, 1), default=0.9995, help="per step, at most (see EMA)")
     parser.add_argument("--flip", type=cli.number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
     parser.add_argument(
@@ -53,16 +50,6 @@ def parse_args(argv=None):
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
     return args, state
-
-
-def learning_rate(step, args):
-    """Linear rise to the peak, then constant or half a cosine down to zero at the last step."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    if args.lr_schedule == "constant":
-        return args.lr
-    progress = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
-    return args.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
 def main(argv=None):
@@ -136,8 +123,7 @@ def main(argv=None):
 
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        optimizer.param_groups[0]["lr"] = args.lr * runtime.lr_factor(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update_parameters(net)
@@ -150,7 +136,7 @@ def main(argv=None):
             means = meter.read()
             bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")
             memory = runtime.peak_memory_mib(device)
-            lr = learning_rate(step - 1, args)
+            lr = optimizer.param_groups[0]["lr"]
             run.scalars(step, dict(means, lr=lr, images_per_second=images_per_second, memory_mib=memory))
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
