@@ -71,7 +71,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = cli.device(args)
     state = checkpoint.load(args.checkpoint)
-    rows = class_indices(args.labels or map(str, range(len(state["classes"]))), state["classes"])
+    rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
     sample = sampling.sampler(state, device, args.num_steps, args.compile)
 

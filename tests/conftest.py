@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"                 # the nets here are tiny: threads would only wait for one another
 
 import pytest
 import torch
