@@ -153,6 +153,8 @@ def run(main):
         code, line = 2, error
     except (NonFiniteError, OSError) as error:
         code, line = 1, error
+    except KeyboardInterrupt:                       # before the loop, which has its own way to stop
+        code, line = 1, "interrupted"
     except torch.OutOfMemoryError as error:
         code, line = 1, f"out of memory, try a smaller --batch_size: {str(error).splitlines()[0]}"
     below_the_bar = "\n" if code == 1 and sys.stderr.isatty() else ""

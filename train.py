@@ -153,8 +153,8 @@ def main(argv=None):
         bar.update()
 
         if step % args.log_every == 0 or step == args.steps:
-            images_per_second = meter.rate(step) * args.batch_size
             means = meter.read()
+            images_per_second = meter.rate(step) * args.batch_size
             bar.set_postfix(loss_fake=f"{means['loss_fake']:.4f}", images_per_s=f"{images_per_second:.0f}")
             memory = runtime.peak_memory_mib(device)
             run.scalars(step, dict(means, images_per_second=images_per_second, memory_mib=memory))

@@ -132,8 +132,8 @@ def main(argv=None):
         bar.update()
 
         if step % args.log_every == 0 or step == args.steps:
-            images_per_second = meter.rate(step) * args.batch_size
             means = meter.read()
+            images_per_second = meter.rate(step) * args.batch_size
             bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")
             memory = runtime.peak_memory_mib(device)
             lr = optimizer.param_groups[0]["lr"]
