@@ -98,17 +98,23 @@ def ema_model(state, device="cpu"):
 
 
 class EMA(AveragedModel):
-    """Exponential moving average of a network's weights, by torch.optim.swa_utils.
+    """Exponential moving average of a network's weights: torch's AveragedModel with a decay that grows.
 
     At update n the decay is min(decay, (1 + n) / (10 + n)): while a run is young the horizon is a ninth of it, so that
     the average never holds the noise of the start, however short the run is.
     """
 
     def __init__(self, model, decay):
-        @torch.no_grad()
-        def average(ema, current, _):
-            n = int(self.n_averaged)                # the argument is a copy on the device: reading it would synchronise
-            torch._foreach_lerp_(ema, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-        super().__init__(model, multi_avg_fn=average)
+        super().__init__(model)
+        self.decay = decay
         self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        # AveragedModel's own method copies its counter to the device and waits for it, in every step; here the counter
+        # stays on the CPU. The networks have no buffers to average.
+        n = int(self.n_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        averaged, current = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        self.n_averaged += 1

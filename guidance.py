@@ -51,7 +51,7 @@ class GuidanceModel(nn.Module):
         return x + sigma * rng.normal(*x.shape), sigma
 
     def compute_distribution_matching_loss(self, x_gen, labels, rng=None):
-        """Distribution matching loss (DMD2, section 3, equation 1; normalised as in DMD, arXiv 2311.18828, equation 8).
+        """Distribution matching loss (DMD2, section 3, equation 1; weighted as in DMD, arXiv 2311.18828, equation 8).
 
         Args:
             x_gen: generated images, float [B, 3, 32, 32], with a gradient to the generator.
@@ -74,7 +74,7 @@ class GuidanceModel(nn.Module):
         return loss, dict(grad=grad)
 
     def compute_loss_fake(self, x_gen, labels, rng=None):
-        """Denoising loss of fake_unet on generated images (DMD2, section 3, equation 2, with the Karras weight).
+        """Denoising loss of fake_unet on generated images (DMD2, section 3; DMD, equation 6; with the Karras weight).
 
         Args:
             x_gen: generated images, float [B, 3, 32, 32]; no gradient goes back to them.

@@ -126,7 +126,9 @@ class SimpleUNet(nn.Module):
             ValueError: sigma has neither one element nor one per image.
         """
         x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+        if not torch.is_tensor(sigma):              # filled on the device: a copy would make a GPU's queue wait
+            sigma = torch.full((), sigma, device=x.device)
+        sigma = sigma.to(x.device, torch.float32)
         if sigma.numel() not in (1, x.shape[0]):
             raise ValueError(f"sigma has shape {tuple(sigma.shape)}, but the batch has {x.shape[0]} images")
         sigma = sigma.reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)              # [B, 1, 1, 1]
