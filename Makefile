@@ -4,6 +4,7 @@ RUN := .venv/bin/python
 
 .PHONY: demo test lint clean
 
+.venv/requirements-test.txt: requirements.txt
 .venv/requirements%: requirements%
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet -r $<

@@ -4,6 +4,7 @@ Exit codes: 0 finished or stopped on request, 2 a wrong call (nothing was writte
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -32,9 +33,12 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf, open_low=False):
     """An argparse type: an int or float in [low, high], or (low, high]; NaN and infinity are refused."""
 
+    high = min(high, 10**12) if kind is int else high
+
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
+        inside = (low < value if open_low else low <= value) and value <= high      # NaN is not
+        if not inside or value == math.inf:
             limit = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}{limit}")
         return value
@@ -52,16 +56,16 @@ fraction = number(float, 0, 1)
 
 def add_common(parser):
     """Flags of every script."""
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="everything random follows from it")
+    parser.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
-        "--precision", choices=["auto", "bf16", "fp32"], default="auto",
-        help="of the network; auto is bf16 where the hardware has it; weights and preconditioning are always float32",
+        "--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto",
+        help="of the networks: auto is bf16 where the hardware has it; weights and preconditioning stay float32",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
 
 
-def add_training(parser, run_dir, steps, batch_size, sample_every, save_every):
+def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save_every):
     """Flags of the two training scripts."""
     add_common(parser)
     parser.add_argument("--run_dir", default=run_dir, help="where checkpoint, log.jsonl, tensorboard/ and grids/ go")
@@ -76,7 +80,7 @@ def add_training(parser, run_dir, steps, batch_size, sample_every, save_every):
         "--lr_schedule", choices=["cosine", "constant"], default="constant", help="after the rise; cosine ends at zero"
     )
     parser.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
-    parser.add_argument("--preset", help="a named set of defaults")
+    parser.add_argument("--preset", help=f"a named set of defaults: {', '.join(presets)}")
     parser.add_argument(
         "--resume", action="store_true", help="go on from run_dir's checkpoint with its settings, if it has one"
     )
@@ -132,16 +136,27 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
     if args.sigma_min >= args.sigma_max:
         raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
     for name in fixed if state else ():
-        if getattr(args, name) != state["settings"][name]:
-            raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {state['settings'][name]}")
+        if getattr(args, name) != state["settings"].get(name):
+            saved = state["settings"].get(name)
+            raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
     return args, state
 
 
 def device(args):
     try:
-        return pick_device(args.device)
+        return pick_device(args.device, args.precision)
     except ValueError as error:
         raise UsageError(f"--device: {error}") from error
+
+
+@contextlib.contextmanager
+def restoring(path):
+    """Turns what does not fit into the networks and optimizers of today into a CheckpointError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"the checkpoint at {path} does not fit this version: {reason}") from error
 
 
 def run(main):
@@ -155,7 +170,9 @@ def run(main):
         code, line = 1, error
     except KeyboardInterrupt:                       # before the loop, which has its own way to stop
         code, line = 1, "interrupted"
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         code, line = 1, f"out of memory, try a smaller --batch_size: {str(error).splitlines()[0]}"
     below_the_bar = "\n" if code == 1 and sys.stderr.isatty() else ""
     print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 
 import shapes
 from model import IMAGE_SIZE
@@ -72,7 +72,7 @@ def read_image(path):
     """One image file as uint8 [32, 32, 3]: the shorter side is resized to 32 and the centre is cut out."""
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
+            image = ImageOps.exif_transpose(image).convert("RGB")
             if image.size != (IMAGE_SIZE, IMAGE_SIZE):
                 scale = IMAGE_SIZE / min(image.size)
                 size = [max(IMAGE_SIZE, round(side * scale)) for side in image.size]
@@ -80,15 +80,18 @@ def read_image(path):
                 image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
                 image = image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
             return np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:                      # each of Pillow's readers has its own ways to fail
         raise DataError(f"cannot read image {path}: {error}") from error
 
 
 def load_folder(root, split):
-    root = root / split if (root / split).is_dir() else root
+    if (root / split).is_dir():
+        root = root / split
+    elif split != "train":
+        raise DataError(f"--data_dir {root} has no folder {split}")
     try:
         tree = torchvision.datasets.ImageFolder(root)
-    except FileNotFoundError as error:              # no such folder, no class folder, or an empty one
+    except OSError as error:                        # no such folder, no class folder, or an empty one
         reason = str(error).splitlines()[0]
         raise DataError(f"--data_dir {root} is no tree of class folders with images: {reason}") from error
     with ThreadPoolExecutor() as pool:              # decoding releases the interpreter lock

@@ -15,6 +15,11 @@ from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, karras_sigmas, 
 from randomness import StepRandom
 
 
+def fresh_random(device):
+    """A StepRandom seeded by torch's global generator, so that torch.manual_seed rules where none is given."""
+    return StepRandom(int(torch.randint(2**31, ())), 0, device)
+
+
 class GuidanceModel(nn.Module):
     """Two denoisers: real_unet, the frozen teacher, and fake_unet, trained on what the generator makes.
 
@@ -61,7 +66,7 @@ class GuidanceModel(nn.Module):
         Returns:
             the loss, a scalar whose gradient at x_gen is exactly grad / numel, and a dict with grad [B, 3, 32, 32].
         """
-        rng = rng or StepRandom(torch.seed(), 0, x_gen.device)
+        rng = rng or fresh_random(x_gen.device)
         with torch.no_grad():
             x_t, sigma = self.add_noise(x_gen, self.min_step, self.max_step, rng)
             # grad = (p_real - p_fake) / mean|p_real|,    p = x_gen - denoised(x_t)
@@ -84,7 +89,7 @@ class GuidanceModel(nn.Module):
         Returns:
             the loss, a scalar, and a dict with fake_x0 [B, 3, 32, 32].
         """
-        rng = rng or StepRandom(torch.seed(), 0, x_gen.device)
+        rng = rng or fresh_random(x_gen.device)
         x_gen = x_gen.detach()
         x_t, sigma = self.add_noise(x_gen, 0, NUM_TRAIN_TIMESTEPS - 1, rng)
         fake_x0 = self.fake_unet(x_t, sigma, labels)

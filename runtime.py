@@ -16,19 +16,27 @@ from torchvision.utils import make_grid, save_image
 
 from data import to_uint8
 
+GRID_ROWS = 16                                      # classes shown in the grids of a run
 
-def pick_device(name):
-    """The torch.device for --device; "auto" prefers CUDA. Raises ValueError if it is not there."""
+
+def pick_device(name, precision="auto"):
+    """The torch.device for --device; "auto" prefers CUDA. Raises ValueError if it is not there.
+
+    Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and only
+    algorithms that give the same result each time, which an exact resume needs.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose auto, cpu, cuda, cuda:N or mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
-    torch.set_float32_matmul_precision("high")      # TF32 where the device has it
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True           # all shapes are fixed, so the search pays once
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.deterministic = True
     return device
 
 
@@ -43,7 +51,7 @@ def has_fast_bf16(device):
 
 
 def autocast(device, precision):
-    """Context in which networks run: precision is "bf16", "fp32" or "auto" (bf16 where it is fast)."""
+    """Context in which networks run: precision is "bf16", "tf32", "fp32" or "auto" (bf16 where it is fast)."""
     bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
@@ -133,20 +141,19 @@ def peak_memory_mib(device):
 class RunFolder:
     """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png."""
 
-    def __init__(self, path, start_step):
+    def __init__(self, path, start_step, fresh):
         self.path = Path(path)
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
         self.log_path = self.path / "log.jsonl"
-        for leftover in self.path.glob("*.tmp"):    # of a save that was killed
-            leftover.unlink()
-        if start_step == 0:                         # a new run starts clean: --overwrite, or one that died unsaved
-            for pattern in ("checkpoint.pt", "log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"):
-                for old in self.path.glob(pattern):
-                    old.unlink()
+        old = ["checkpoint.pt.tmp", "log.jsonl.tmp"]                                # of a save that was killed
+        if fresh:                                   # checkpoint.pt itself stands until the first save replaces it
+            old += ["log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"]
+        for file in (file for pattern in old for file in self.path.glob(pattern)):
+            file.unlink()
         # A run killed between a save and now has logged steps that are about to be taken again: drop those.
         if self.log_path.exists():
             lines = [line for line in self.log_path.read_text().splitlines() if json_step(line) <= start_step]
-            temporary = self.log_path.with_suffix(".tmp")
+            temporary = self.path / "log.jsonl.tmp"
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, self.log_path)
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)

@@ -22,6 +22,7 @@ import checkpoint
 import cli
 import runtime
 import sampling
+from data import to_float
 
 GRID_IMAGES = 1000                                  # a larger picture would be of no use
 
@@ -34,14 +35,15 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoint", default="runs/dmd2", help="run folder or checkpoint of a student or a teacher")
     parser.add_argument("--out", default="grid.png", help="the grid, a PNG: one class per row")
     parser.add_argument("--npz", help="also write all images: arr_0 uint8 [N, 32, 32, 3], arr_1 int64 labels [N]")
-    parser.add_argument("--num_images", type=cli.count, default=100)
+    parser.add_argument("--num_images", type=cli.count, default=100, help="images in all")
     parser.add_argument("--batch_size", type=cli.count, default=100, help="images at a time; changes speed only")
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
     args = parser.parse_args(argv)
     for path in filter(None, (args.out, args.npz)):
-        if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-            parser.error(f"cannot write {path}: its folder is not there, or it is a folder")
+        folder = Path(path).resolve().parent
+        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out {args.out} does not end in .png")
     return args
@@ -73,7 +75,8 @@ def main(argv=None):
     state = checkpoint.load(args.checkpoint)
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
-    sample = sampling.sampler(state, device, args.num_steps, args.compile)
+    with cli.restoring(args.checkpoint):
+        sample = sampling.sampler(state, device, args.num_steps, args.compile)
 
     start, images = time.perf_counter(), []
     with runtime.autocast(device, args.precision), tqdm(total=args.num_images, unit="image") as bar:
@@ -83,7 +86,7 @@ def main(argv=None):
     images = torch.cat(images)                                                      # uint8 [N, 3, 32, 32]
     rate = len(images) / (time.perf_counter() - start)
 
-    picture = runtime.class_grid(images[:GRID_IMAGES].float() / 127.5 - 1, len(rows))
+    picture = runtime.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
     write(args.out, lambda file: save_image(picture, file, format="png"))
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()

@@ -34,7 +34,9 @@ FIXED = ("teacher", "batch_size", "seed", "conditioning_sigma", "sigma_min", "si
 def parse_args(argv=None):
     parser = cli.Parser(description="Distil the teacher into a one-step generator.")
     parser.add_argument("--teacher", default="runs/teacher", help="a teacher's run folder or checkpoint")
-    cli.add_training(parser, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000)
+    cli.add_training(
+        parser, PRESETS, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000
+    )
     parser.add_argument(
         "--conditioning_sigma", type=cli.positive, default=80.0, help="noise level that the generator starts from"
     )
@@ -60,11 +62,18 @@ def main(argv=None):
     device = cli.device(args)
 
     # --- generator, guidance, EMA, optimizers ------------------------------------------------------------------------
-    teacher = checkpoint.load(args.teacher, kind="teacher") if state is None else None
+    fresh = state is None
+    teacher = checkpoint.load(args.teacher, kind="teacher") if fresh else None
     classes = (state or teacher)["classes"]
-    net = SimpleUNet(**(state or teacher)["model_config"])
-    if teacher:
-        net.load_state_dict(teacher["model_ema"])
+    with cli.restoring(args.teacher if teacher else args.run_dir):
+        net = SimpleUNet(**(state or teacher)["model_config"])
+        if teacher:
+            net.load_state_dict(teacher["model_ema"])
+    for name in ("sigma_min", "sigma_max"):
+        if (state or teacher)[name] != getattr(args, name):
+            raise cli.UsageError(f"the teacher was trained with --{name} {(state or teacher)[name]}: give the same")
+    if fresh and checkpoint.find(args.teacher) == checkpoint.find(args.run_dir):
+        raise cli.UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
     model = UnifiedModel(
         net, args.conditioning_sigma, min_step_percent=args.min_step_percent, max_step_percent=args.max_step_percent,
         sigma_min=args.sigma_min, sigma_max=args.sigma_max,
@@ -75,18 +84,16 @@ def main(argv=None):
     guidance_optimizer = torch.optim.Adam(guidance.fake_unet.parameters(), lr=args.guidance_lr, fused=True)
     step = 0
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        generator_optimizer.load_state_dict(state["generator_optimizer"])
-        guidance_optimizer.load_state_dict(state["guidance_optimizer"])
+        with cli.restoring(args.run_dir):
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            generator_optimizer.load_state_dict(state["generator_optimizer"])
+            guidance_optimizer.load_state_dict(state["guidance_optimizer"])
         step = state["step"]
     meter = runtime.Meter(step, device, state and state["meter"])
     del teacher, state                              # several times the size of the network
-    if args.compile:
-        for network in (generator, guidance.fake_unet, guidance.real_unet):
-            network.compile()
 
-    run = runtime.RunFolder(args.run_dir, step)
+    run = runtime.RunFolder(args.run_dir, step, fresh)
     stop = runtime.StopSignal(args.max_minutes)
 
     def save():
@@ -104,12 +111,16 @@ def main(argv=None):
             ),
         )
 
-    rows = len(classes)
+    rows = min(len(classes), runtime.GRID_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
     with runtime.autocast(device, args.precision):
         teacher = guidance.real_unet
         teacher_grid = diffusion.heun_sample(teacher, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
+
+    if args.compile:                                # after the grid, whose batch has another size
+        for network in (generator, guidance.fake_unet, guidance.real_unet):
+            network.compile()
 
     @torch.no_grad()
     def log_grid():
@@ -119,12 +130,16 @@ def main(argv=None):
         run.grid(step, "teacher_student", rows, teacher_grid, images)
         run.grid(step, "dm_gradient", rows, log["grad"] / 4 / log["grad"].std())
 
+    if fresh:                                       # whether the disk takes it shows now, not after an hour
+        save()
+
     # --- the loop ----------------------------------------------------------------------------------------------------
+    meter.rate(step)                                # speed counts from here
     bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
     while step < args.steps and not stop:
         rng = StepRandom(args.seed, step, device)
         z = rng.normal(args.batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
-        labels = rng.integers(0, rows - 1, args.batch_size)                         # [B]
+        labels = rng.integers(0, len(classes) - 1, args.batch_size)                 # [B]
         factor = runtime.lr_factor(step, args)
         generator_optimizer.param_groups[0]["lr"] = args.generator_lr * factor
         guidance_optimizer.param_groups[0]["lr"] = args.guidance_lr * factor
@@ -167,7 +182,7 @@ def main(argv=None):
         save()
     bar.close()
     run.close()
-    how = "done" if step == args.steps else "stopped; --resume goes on"
+    how = "done" if step >= args.steps else "stopped; --resume goes on"
     print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
 
 

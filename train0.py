@@ -33,7 +33,9 @@ FIXED = ("dataset", "channels", "blocks", "batch_size", "seed")
 def parse_args(argv=None):
     parser = cli.Parser(description="Train the diffusion teacher.")
     cli.add_dataset(parser)
-    cli.add_training(parser, run_dir="runs/teacher", steps=50_000, batch_size=256, sample_every=2500, save_every=1000)
+    cli.add_training(
+        parser, PRESETS, run_dir="runs/teacher", steps=50_000, batch_size=256, sample_every=2500, save_every=1000
+    )
     parser.add_argument("--channels", type=cli.number(int, 8), default=64, help="of the first level, a multiple of 8")
     parser.add_argument("--blocks", type=cli.count, default=1, help="residual blocks per level")
     parser.add_argument("--lr", type=cli.positive, default=1e-3, help="peak learning rate of Adam")
@@ -44,8 +46,8 @@ def parse_args(argv=None):
         "--sigma_sampling", choices=["lognormal", "grid"], default="lognormal",
         help="training noise: ln(sigma) ~ N(p_mean, p_std^2), or uniform over the 1000 Karras steps",
     )
-    parser.add_argument("--p_mean", type=cli.number(float, -10, 10), default=-1.2)
-    parser.add_argument("--p_std", type=cli.positive, default=1.2)
+    parser.add_argument("--p_mean", type=cli.number(float, -10, 10), default=-1.2, help="mean of ln(sigma)")
+    parser.add_argument("--p_std", type=cli.positive, default=1.2, help="standard deviation of ln(sigma)")
     args, state = cli.parse_training(parser, "teacher", PRESETS, argv, FIXED)
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
@@ -67,18 +69,19 @@ def main(argv=None):
     if state:
         if state["classes"] != dataset.classes:
             raise cli.UsageError(f"the classes of --dataset {args.dataset} are not those of the run in {args.run_dir}")
-        net.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        with cli.restoring(args.run_dir):
+            net.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    meter = runtime.Meter(step, device, state and state["meter"])
+    meter, fresh = runtime.Meter(step, device, state and state["meter"]), state is None
     del state                                       # several times the size of the network
     if args.compile:
         net.compile()
 
     batches = data.Batches(dataset, args.batch_size, args.seed, device)
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
-    run = runtime.RunFolder(args.run_dir, step)
+    run = runtime.RunFolder(args.run_dir, step, fresh)
     stop = runtime.StopSignal(args.max_minutes)
 
     def save():
@@ -93,7 +96,7 @@ def main(argv=None):
             ),
         )
 
-    rows = len(dataset.classes)
+    rows = min(len(dataset.classes), runtime.GRID_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
 
@@ -102,7 +105,11 @@ def main(argv=None):
             images = diffusion.heun_sample(ema.module, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
         run.grid(step, "teacher", rows, images)
 
+    if fresh:                                       # whether the disk takes it shows now, not after an hour
+        save()
+
     # --- the loop ----------------------------------------------------------------------------------------------------
+    meter.rate(step)                                # speed counts from here
     bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
     while step < args.steps and not stop:
         rng = StepRandom(args.seed, step, device)
@@ -147,7 +154,7 @@ def main(argv=None):
         save()
     bar.close()
     run.close()
-    how = "done" if step == args.steps else "stopped; --resume goes on"
+    how = "done" if step >= args.steps else "stopped; --resume goes on"
     print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
 
 

@@ -92,7 +92,18 @@ def test_a_broken_image_is_named(tmp_path, content):
         data.load("folder", tree)
 
 
+@pytest.mark.parametrize("kind", ["tiff", "webp", "ppm", "bmp", "jpeg"])
+def test_a_cut_image_of_any_kind_is_named(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with pytest.raises(data.DataError, match="cannot read image"):
+        data.read_image(path)
+
+
 def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(data.DataError, match="has no folder test"):
+        data.load("folder", image_tree(tmp_path / "no_split"), "test")
     with pytest.raises(data.DataError, match="nothing_here"):
         data.load("folder", tmp_path / "nothing_here")
     (image_tree(tmp_path / "tree") / "empty_class").mkdir()

@@ -13,7 +13,7 @@ def trained_net(**config):
     return net
 
 
-@pytest.mark.parametrize("channels", [16, 32])
+@pytest.mark.parametrize("channels", [8, 16, 24, 32, 40, 56])
 def test_shapes(channels):
     net = SimpleUNet(channels=channels, label_dim=7)
     x, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 6])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -108,7 +109,8 @@ def test_the_demo_preset_runs_on_shapes(tmp_path):
     assert checkpoint.load(f"{tmp_path}/b")["settings"]["generator_lr"] == train.PRESETS["demo"]["generator_lr"]
 
 
-def test_the_defaults_are_the_seeds(monkeypatch):
+def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     args, _ = train.parse_args([])
     wanted = dict(
         conditioning_sigma=80.0, dfake_gen_update_ratio=10, min_step_percent=0.02, max_step_percent=0.98,
@@ -173,6 +175,35 @@ def test_a_run_killed_after_its_last_save_logs_no_step_twice(tmp_path, monkeypat
         file.write('{"step": 6, "lo')
     assert call(train0, "--run_dir", b, "--resume", "--device", "cpu") == 0
     assert_same_run(a, b)
+
+
+def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(tmp_path, teacher):
+    flags = ["--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--dfake_gen_update_ratio", "3", "--steps", "7"]
+    assert call(train, *flags, "--precision", "bf16", *TINY) == 0
+    state = checkpoint.load(f"{tmp_path}/b")        # generator turns at steps 0, 3 and 6
+    updates = {name: state[f"{name}_optimizer"]["state"][0]["step"].item() for name in ("generator", "guidance")}
+    assert updates == dict(generator=3, guidance=7) and state["ema"]["n_averaged"].item() == 3
+    initial = checkpoint.load(teacher)["model_ema"]
+    for name in ("feedforward_model", "guidance_model.fake_unet"):
+        assert any(not torch.equal(state["model"][f"{name}.{k}"], v) for k, v in initial.items())
+    assert any(not torch.equal(state["model_ema"][k], v) for k, v in initial.items())
+
+
+def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is_saved(tmp_path, tree, monkeypatch):
+    run = str(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "6") == 0
+    before = read(f"{run}/checkpoint.pt")
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 1
+    assert read(f"{run}/checkpoint.pt") == before
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 0
+    assert checkpoint.load(run)["step"] == 3
+    assert [json.loads(line)["step"] for line in read(f"{run}/log.jsonl").splitlines()] == [2, 3]
 
 
 def test_the_teacher_inside_the_student_is_bit_identical(tmp_path, teacher):
@@ -265,7 +296,13 @@ WRONG = [
     (train, ["--teacher", "{teacher}", "--device", "cuda:99"], "--device"),
     (train, ["--preset", "nothing"], "unknown preset"),
     (train, ["--run_dir", "{tree}/cat/0.png"], "is a file"),
+    (train, ["--teacher", "{teacher}", "--run_dir", "{teacher}", "--overwrite"], "teacher's own folder"),
+    (train, ["--teacher", "{teacher}", "--sigma_max", "40"], "--sigma_max 80"),
+    (train, ["--steps", "9" * 400], "--steps"),
     (train0, ["--dataset", "imagenet"], "--dataset"),
+    (train0, ["--dataset", "folder", "--data_dir", "{tree}/cat/0.png"], "0.png"),
+    (train0, ["--dataset", "shapes", "--device", "meta"], "--device"),
+    (train0, ["--resume", "--overwrite"], "exclude one another"),
     (train0, ["--dataset", "folder", "--data_dir", "no_such_folder"], "no_such_folder"),
     (train0, ["--dataset", "folder", "--data_dir", "{broken}"], "dog/1.png"),
     (train0, ["--dataset", "shapes", "--channels", "12"], "--channels"),
@@ -306,7 +343,9 @@ def test_help_states_every_default(script, capsys):
         script.main(["--help"])
     out = capsys.readouterr().out
     assert exit_info.value.code == 0
-    assert "--seed" in out and "--device" in out and "(default: " in out
+    entries = re.split(r"\n  (?=--)", out.split("options:")[1])[1:]
+    assert {"--seed", "--device", "--precision"} <= {entry.split()[0] for entry in entries}
+    assert [entry for entry in entries if "(default: " not in " ".join(entry.split())] == []
 
 
 def test_imports_run_one_way():
