@@ -63,15 +63,14 @@ def main(argv=None):
 
     # --- generator, guidance, EMA, optimizers ------------------------------------------------------------------------
     fresh = state is None
-    teacher = checkpoint.load(args.teacher, kind="teacher") if fresh else None
-    classes = (state or teacher)["classes"]
-    with cli.restoring(args.teacher if teacher else args.run_dir):
-        net = SimpleUNet(**(state or teacher)["model_config"])
-        if teacher:
-            net.load_state_dict(teacher["model_ema"])
+    source = checkpoint.load(args.teacher, kind="teacher") if fresh else state
+    classes = source["classes"]
+    with cli.restoring(args.teacher if fresh else args.run_dir):
+        net = SimpleUNet(**source["model_config"])
+        net.load_state_dict(source["model_ema"])    # the teacher's average; a resumed run overwrites all copies below
     for name in ("sigma_min", "sigma_max"):
-        if (state or teacher)[name] != getattr(args, name):
-            raise cli.UsageError(f"the teacher was trained with --{name} {(state or teacher)[name]}: give the same")
+        if source[name] != getattr(args, name):
+            raise cli.UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
     if fresh and checkpoint.find(args.teacher) == checkpoint.find(args.run_dir):
         raise cli.UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
     model = UnifiedModel(
@@ -83,7 +82,7 @@ def main(argv=None):
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, fused=True)
     guidance_optimizer = torch.optim.Adam(guidance.fake_unet.parameters(), lr=args.guidance_lr, fused=True)
     step = 0
-    if state:
+    if not fresh:
         with cli.restoring(args.run_dir):
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
@@ -91,7 +90,7 @@ def main(argv=None):
             guidance_optimizer.load_state_dict(state["guidance_optimizer"])
         step = state["step"]
     meter = runtime.Meter(step, device, state and state["meter"])
-    del teacher, state                              # several times the size of the network
+    del source, state                               # several times the size of the network
 
     run = runtime.RunFolder(args.run_dir, step, fresh)
     stop = runtime.StopSignal(args.max_minutes)
@@ -111,15 +110,17 @@ def main(argv=None):
             ),
         )
 
+    if fresh:                                       # whether the disk takes it shows now, not after an hour
+        save()
+
     rows = min(len(classes), runtime.GRID_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
+    teacher = guidance.real_unet
     with runtime.autocast(device, args.precision):
-        teacher = guidance.real_unet
         teacher_grid = diffusion.heun_sample(teacher, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
-
     if args.compile:                                # after the grid, whose batch has another size
-        for network in (generator, guidance.fake_unet, guidance.real_unet):
+        for network in (generator, guidance.fake_unet, teacher):
             network.compile()
 
     @torch.no_grad()
@@ -129,9 +130,6 @@ def main(argv=None):
             _, log = model.generator_turn(images, grid_labels, StepRandom(args.seed, 0, device))
         run.grid(step, "teacher_student", rows, teacher_grid, images)
         run.grid(step, "dm_gradient", rows, log["grad"] / 4 / log["grad"].std())
-
-    if fresh:                                       # whether the disk takes it shows now, not after an hour
-        save()
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     meter.rate(step)                                # speed counts from here

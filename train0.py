@@ -98,6 +98,9 @@ def main(argv=None):
             ),
         )
 
+    if fresh:                                       # whether the disk takes it shows now, not after an hour
+        save()
+
     rows = min(len(dataset.classes), runtime.GRID_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
@@ -106,9 +109,6 @@ def main(argv=None):
         with runtime.autocast(device, args.precision):
             images = diffusion.heun_sample(ema.module, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
         run.grid(step, "teacher", rows, images)
-
-    if fresh:                                       # whether the disk takes it shows now, not after an hour
-        save()
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     meter.rate(step)                                # speed counts from here
