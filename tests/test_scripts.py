@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(
     capsys.readouterr()
     flags = ["--run_dir", run, "--resume", "--device", "cpu", "--steps", "50", "--lr", "1e30", "--warmup_steps", "0"]
     assert call(train0, *flags, "--lr_schedule", "constant") == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert len(lines) == 1 and " at step " in lines[0] and ("loss" in lines[0] or "grad_norm" in lines[0])
     assert read(f"{run}/checkpoint.pt") == before
 
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, tree):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
 
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
-    lines = [line for line in result.stderr.splitlines() if "error" in line]
+    lines = [line for line in result.stderr.splitlines() if ": error: " in line]
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert len(lines) == 1 and "cannot save" in lines[0] and "checkpoint.pt" in lines[0]
     assert read(f"{run}/checkpoint.pt") == before
