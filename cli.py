@@ -32,7 +32,6 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf, open_low=False):
     """An argparse type: an int or float in [low, high], or (low, high]; NaN and infinity are refused."""
-
     high = min(high, 10**12) if kind is int else high
 
     def parse(text):
@@ -50,7 +49,6 @@ def number(kind, low, high=math.inf, open_low=False):
 count = number(int, 1)
 natural = number(int, 0)
 positive = number(float, 0, open_low=True)
-non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 
 
@@ -174,6 +172,6 @@ def run(main):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         code, line = 1, f"out of memory, try a smaller --batch_size: {str(error).splitlines()[0]}"
-    below_the_bar = "\n" if code == 1 and sys.stderr.isatty() else ""
+    below_the_bar = "\n" if code == 1 else ""
     print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr)
     sys.exit(code)

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -156,22 +157,35 @@ class RunFolder:
             temporary = self.path / "log.jsonl.tmp"
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, self.log_path)
+        # TensorBoard's writer thread prints its failure and raises it again in the main thread: once is enough.
+        threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
 
+    @contextlib.contextmanager
+    def writing(self):
+        """Names the folder where a write fails; a full disk does not say it."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"cannot write to {self.path}: {error.strerror}; the last checkpoint stands") from error
+
     def scalars(self, step, values):
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(dict(step=step, **values)) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        with self.writing():
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(dict(step=step, **values)) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
     def grid(self, step, name, rows, *panels):
         """Write class_grid pictures, side by side, as grids/<step>_<name>.png and to TensorBoard."""
         picture = side_by_side(*(class_grid(images, rows) for images in panels))
-        save_image(picture, self.path / "grids" / f"{step:07d}_{name}.png")
-        self.board.add_image(name, picture, step)
+        with self.writing():
+            save_image(picture, self.path / "grids" / f"{step:07d}_{name}.png")
+            self.board.add_image(name, picture, step)
 
     def close(self):
-        self.board.close()
+        with self.writing():
+            self.board.close()
 
 
 def json_step(line):
