@@ -6,6 +6,7 @@ RUN := .venv/bin/python
 
 .venv/requirements-test.txt: requirements.txt
 .venv/requirements%: requirements%
+	@echo "installing $< into .venv: a download of some GB, minutes"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet -r $<
 	cp $< $@
