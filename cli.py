@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import data
 import diffusion
 from checkpoint import CheckpointError
 from data import DATASETS, DataError
@@ -49,6 +50,7 @@ def number(kind, low, high=math.inf, open_low=False):
 count = number(int, 1)
 natural = number(int, 0)
 positive = number(float, 0, open_low=True)
+natural_float = number(float, 0)
 fraction = number(float, 0, 1)
 
 
@@ -83,14 +85,53 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
         "--resume", action="store_true", help="go on from run_dir's checkpoint with its settings, if it has one"
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew in a run_dir that holds a run")
+    parser.add_argument(
+        "--eval_every", type=natural, default=0,
+        help="steps between two measurements of the averaged weights' images as by evaluate.py; the checkpoint of the "
+        "least Frechet distance is kept as best.pt; 0: none",
+    )
+    parser.add_argument("--eval_images", type=number(int, 256), default=2048, help="images of such a measurement")
+    add_features(parser)
     schedule = "of the Karras schedule; images span [-1, 1]"
     parser.add_argument("--sigma_min", type=positive, default=diffusion.SIGMA_MIN, help=f"least noise {schedule}")
     parser.add_argument("--sigma_max", type=positive, default=diffusion.SIGMA_MAX, help=f"most noise {schedule}")
 
 
-def add_dataset(parser):
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="folder: any tree of <class>/<image>")
-    parser.add_argument("--data_dir", default="data", help="where cifar10 is, or is downloaded to; or the folder")
+def add_dataset(parser, title, dataset="cifar10", data_dir="data", flip=True):
+    group = parser.add_argument_group(title)
+    group.add_argument("--dataset", choices=DATASETS, default=dataset, help="folder: any tree of <class>/<image>")
+    group.add_argument("--data_dir", default=data_dir, help="where cifar10 is, or is downloaded to; or the folder")
+    if flip:
+        group.add_argument("--flip", type=number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
+
+
+def add_features(parser):
+    """Flags of what measures images."""
+    parser.add_argument(
+        "--feature_extractor", help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or (features, "
+        "logits); a program: from people you trust. Default: Inception, fetched on first use",
+    )
+    parser.add_argument("--inception_weights", help="where Inception's weights are, if not in torch.hub's folder")
+    parser.add_argument("--cache_dir", default="~/.cache/dmd2", help="keeps the features of datasets, by content")
+
+
+def extractor(args, device):
+    """The feature network of the flags of add_features."""
+    # torch-fidelity is slow to import, and rarely needed.
+    import metrics
+
+    if args.feature_extractor:
+        return metrics.exported(args.feature_extractor, device)
+    return metrics.inception(device, args.inception_weights)
+
+
+def validation(args, dataset, device):
+    """metrics.Validation for --eval_every, or None where that is 0."""
+    if not args.eval_every:
+        return None
+    import metrics
+
+    return metrics.Validation(dataset, extractor(args, device), args.eval_images, args.seed, args.cache_dir, device)
 
 
 SESSION_FLAGS = ("run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
@@ -138,6 +179,27 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
             saved = state["settings"].get(name)
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
     return args, state
+
+
+def dataset(args, state=None, split="train"):
+    """The dataset of --dataset, or where that is not given what the checkpoint's network was trained on."""
+    known = state.get("settings", {}) if state else {}
+    if args.dataset is None and known.get("dataset") is None:
+        raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
+    args.dataset = args.dataset or known["dataset"]
+    args.data_dir = args.data_dir or known.get("data_dir") or "data"
+    loaded = data.load(args.dataset, args.data_dir, split)
+    if state and loaded.classes != state["classes"]:
+        raise UsageError(f"the classes of --dataset {args.dataset} are not those of the checkpoint")
+    return loaded
+
+
+def check_guidance(args, state):
+    """Raises UsageError if --guidance_scale asks for what the checkpoint's network cannot do."""
+    if args.guidance_scale != 1 and not state.get("label_dropout"):
+        raise UsageError(
+            f"--guidance_scale {args.guidance_scale} needs a teacher that was trained with --label_dropout above 0"
+        )
 
 
 def device(args):

@@ -109,6 +109,11 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def random_flip(images, rng):
+    """Mirror each image [B, 3, 32, 32] with probability 1/2."""
+    return torch.where(rng.uniform(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+
+
 class Batches:
     """An endless stream of shuffled epochs, cut into batches; batches(step) depends on (seed, step) alone.
 

@@ -58,6 +58,49 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
     return x
 
 
-def one_step_sample(generator, z, labels, conditioning_sigma):
-    """x_gen = G(z sigma_cond, sigma_cond, y) (DMD2, section 3): one evaluation; gradients flow where they are on."""
-    return generator(z * conditioning_sigma, conditioning_sigma, labels)            # [B, 3, 32, 32]
+def guided(denoise, scale):
+    """The denoiser with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): uncond + w (cond - uncond).
+
+    Args:
+        denoise: a denoiser trained with label dropout, to which label -1 means no class.
+        scale: w; 1 is the denoiser itself and costs nothing.
+    """
+    if scale == 1:
+        return denoise
+
+    def denoise_guided(x_t, sigma, labels):
+        uncond = denoise(x_t, sigma, torch.full_like(labels, -1))
+        return uncond + scale * (denoise(x_t, sigma, labels) - uncond)
+
+    return denoise_guided
+
+
+def denoising_sigmas(conditioning_sigma, num_steps, sigma_min=SIGMA_MIN):
+    """Noise levels at which a few-step generator is evaluated, most noise first: a list of num_steps floats.
+
+    Equation 5 from conditioning_sigma down, without its last level, sigma_min: of 80, for instance, 80 and 2.5.
+    """
+    if num_steps == 1:
+        return [conditioning_sigma]
+    return [conditioning_sigma, *karras_sigmas(num_steps + 1, sigma_min, conditioning_sigma).flip(0)[1:-1].tolist()]
+
+
+def few_step_sample(generator, z, labels, sigmas, renoise):
+    """Sample a generator at a descending list of noise levels (DMD2, section 4.4), one evaluation each.
+
+    Args:
+        generator: a denoiser (x_t, sigma, labels) -> x0_hat.
+        z: unit Gaussian noise, float [B, 3, 32, 32].
+        labels: class indices [B] or one-hot rows.
+        sigmas: the noise levels; a list of one makes it the one-step generator of section 3, G(z sigma, sigma, y).
+        renoise: i -> fresh unit noise [B, 3, 32, 32], for i = 1 .. len(sigmas) - 1.
+
+    Returns:
+        images, float32 [B, 3, 32, 32]; gradients, where they are on, come from the last evaluation alone.
+    """
+    grad, x_gen = torch.is_grad_enabled(), 0
+    for i, sigma in enumerate(sigmas):
+        x_t = x_gen + sigma * (renoise(i) if i else z)
+        with torch.set_grad_enabled(grad and i == len(sigmas) - 1):
+            x_gen = generator(x_t, sigma, labels)                                   # [B, 3, 32, 32]
+    return x_gen

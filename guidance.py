@@ -3,21 +3,65 @@
     guidance = GuidanceModel(teacher)
     loss_dm, log = guidance.compute_distribution_matching_loss(x_gen, labels, rng)     # moves the generator
     loss_fake, log = guidance.compute_loss_fake(x_gen, labels, rng)                    # moves fake_unet
+
+With gan=True also
+    loss_gen_cls, log = guidance.compute_generator_cls_loss(x_gen, labels, rng)        # moves the generator
+    loss_cls, log = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng) # moves fake_unet and cls_head
 """
 
+import contextlib
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, karras_sigmas, karras_weight
+from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, guided, karras_sigmas, karras_weight
 from randomness import StepRandom
 
 
 def fresh_random(device):
     """A StepRandom seeded by torch's global generator, so that torch.manual_seed rules where none is given."""
     return StepRandom(int(torch.randint(2**31, ())), 0, device)
+
+
+@contextlib.contextmanager
+def frozen(*modules):
+    """Within it the modules' parameters take no gradient, while their input does."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class ClassifierHead(nn.Module):
+    """Bottleneck features [B, C, 4, 4] to a logit [B], high where they look real (DMD2, section 4.3)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        groups = math.gcd(32, channels)
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU(),
+            nn.Conv2d(channels, channels, 2), nn.GroupNorm(groups, channels), nn.SiLU(),
+            nn.Conv2d(channels, 1, 1),
+        )
+
+    def forward(self, features):
+        return self.layers(features).flatten().float()
+
+
+# h(r) = f''(r) r^2, the weight of the DM gradient that minimises D_f(real || fake) (f-distill, arXiv 2502.15681,
+# theorem 1 and table 1) instead of the reverse KL divergence, with the density ratio r = p_real / p_fake.
+F_DIVERGENCES = {
+    "rkl": torch.ones_like,                         # f = -ln r, DMD2 itself
+    "kl": lambda r: r,                              # f = r ln r
+    "js": lambda r: r / (1 + r),                    # f = r ln r - (r + 1) ln((r + 1) / 2)
+}
 
 
 class GuidanceModel(nn.Module):
@@ -28,17 +72,28 @@ class GuidanceModel(nn.Module):
         min_step_percent, max_step_percent: range of the noise levels of the distribution matching loss, as fractions
             of the 1000 Karras steps, 0 the least noise.
         sigma_min, sigma_max: range of the Karras schedule; images span [-1, 1].
+        guidance_scale: classifier-free guidance of real_unet; 1 is none.
+        gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a SimpleUNet, or have its
+            bottleneck_channels and return_bottleneck.
+        diffusion_gan_max_timestep: the GAN compares images noised to a timestep below this one of 1000; 0: clean ones.
+        f_div: divergence between student and teacher, a key of F_DIVERGENCES; all but "rkl" need gan.
     """
 
     def __init__(
-        self, teacher, min_step_percent=0.02, max_step_percent=0.98, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX
+        self, teacher, min_step_percent=0.02, max_step_percent=0.98, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
+        guidance_scale=1.0, gan=False, diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl",
     ):
         super().__init__()
+        if f_div != "rkl" and not gan:
+            raise ValueError(f"f_div {f_div!r} takes its density ratio from the GAN's head: it needs gan")
         if not 0 <= min_step_percent <= max_step_percent <= 1:
             got = f"{min_step_percent}, {max_step_percent}"
             raise ValueError(f"need 0 <= min_step_percent <= max_step_percent <= 1, got {got}")
         self.real_unet = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.fake_unet = copy.deepcopy(teacher).train().requires_grad_(True)
+        self.cls_head = ClassifierHead(teacher.bottleneck_channels) if gan else None
+        self.guidance_scale, self.f_div = guidance_scale, f_div
+        self.diffusion_gan_max_timestep = diffusion_gan_max_timestep
         last = NUM_TRAIN_TIMESTEPS - 1
         self.min_step = min(int(min_step_percent * NUM_TRAIN_TIMESTEPS), last)
         self.max_step = min(int(max_step_percent * NUM_TRAIN_TIMESTEPS), last)
@@ -70,10 +125,16 @@ class GuidanceModel(nn.Module):
         with torch.no_grad():
             x_t, sigma = self.add_noise(x_gen, self.min_step, self.max_step, rng)
             # grad = (p_real - p_fake) / mean|p_real|,    p = x_gen - denoised(x_t)
-            p_real = x_gen - self.real_unet(x_t, sigma, labels)                     # [B, 3, 32, 32]
+            real_unet = guided(self.real_unet, self.guidance_scale)
+            p_real = x_gen - real_unet(x_t, sigma, labels)                          # [B, 3, 32, 32]
             p_fake = x_gen - self.fake_unet(x_t, sigma, labels)
             weight = p_real.abs().mean(dim=(1, 2, 3), keepdim=True)                 # [B, 1, 1, 1]
             grad = (p_real - p_fake) / (weight + 1e-6)                              # not 0/0 where p_real = 0
+            if self.f_div != "rkl":
+                # The best head has D(x_t) = ln p_real(x_t) / p_fake(x_t). Of mean 1, so that the step keeps its size.
+                ratio = self.logits(x_t, sigma, labels).clamp(-10, 10).exp()        # [B]
+                h = F_DIVERGENCES[self.f_div](ratio)
+                grad = grad * (h / h.mean()).view(-1, 1, 1, 1)
         # L_dm = 0.5 mse(x_gen, stopgrad(x_gen - grad))
         loss = 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
         return loss, dict(grad=grad)
@@ -96,3 +157,47 @@ class GuidanceModel(nn.Module):
         # L_fake = mean(w_t (fake(x_gen + sigma_t eps) - x_gen)^2)
         loss = (karras_weight(sigma) * (fake_x0 - x_gen) ** 2).mean()
         return loss, dict(fake_x0=fake_x0.detach())
+
+    def logits(self, x_t, sigma, labels):
+        """D(x_t): high where noised images look real for their labels, [B]."""
+        return self.cls_head(self.fake_unet(x_t, sigma, labels, return_bottleneck=True))
+
+    def gan_noise(self, x, rng):
+        """x noised to a random level, as a diffusion GAN sees it (section 4.3): x_t and sigma like add_noise."""
+        if self.diffusion_gan_max_timestep == 0:
+            return x, self.sigmas[0].expand(len(x), 1, 1, 1)
+        return self.add_noise(x, 0, self.diffusion_gan_max_timestep - 1, rng)
+
+    def compute_generator_cls_loss(self, x_gen, labels, rng=None):
+        """The generator's side of the GAN (DMD2, section 4.3, equation 4, in its non-saturating form).
+
+        Args:
+            x_gen: generated images, float [B, 3, 32, 32], with a gradient to the generator.
+            labels: the classes they were generated for, [B].
+            rng: StepRandom; None draws anew.
+
+        Returns:
+            the loss, a scalar that leaves no gradient on this model, and an empty dict.
+        """
+        x_t, sigma = self.gan_noise(x_gen, rng or fresh_random(x_gen.device))
+        with frozen(self.fake_unet, self.cls_head):
+            # L_gen = mean(softplus(-D(x_gen + sigma_t eps)))
+            return F.softplus(-self.logits(x_t, sigma, labels)).mean(), {}
+
+    def compute_cls_loss(self, x_gen, labels, x_real, real_labels, rng=None):
+        """The discriminator's side of the GAN (DMD2, section 4.3, equation 4), for fake_unet and cls_head.
+
+        Args:
+            x_gen: generated images, float [B, 3, 32, 32]; no gradient goes back to them.
+            labels: the classes they were generated for, [B].
+            x_real, real_labels: images of the dataset, float [B, 3, 32, 32] in [-1, 1], and their own classes, [B].
+            rng: StepRandom; None draws anew.
+
+        Returns:
+            the loss, a scalar, and a dict with logit_fake and logit_real, 0-d means.
+        """
+        x_t, sigma = self.gan_noise(torch.cat([x_gen.detach(), x_real]), rng or fresh_random(x_gen.device))
+        fake, real = self.logits(x_t, sigma, torch.cat([labels, real_labels])).split([len(x_gen), len(x_real)])
+        # L_cls = mean(softplus(D(x_gen + sigma_t eps))) + mean(softplus(-D(x_real + sigma_t eps)))
+        loss = F.softplus(fake).mean() + F.softplus(-real).mean()
+        return loss, dict(logit_fake=fake.detach().mean(), logit_real=real.detach().mean())

@@ -91,6 +91,7 @@ class SimpleUNet(nn.Module):
         self.sigma_embedding = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(label_dim, emb)
 
+        self.bottleneck_channels = width[-1]
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -116,7 +117,7 @@ class SimpleUNet(nn.Module):
         Args:
             x: noisy images x_t = x_0 + sigma * eps, float [B, 3, 32, 32].
             sigma: standard deviation of the noise, > 0; a float, or a tensor of shape [], [B] or [B, 1, 1, 1].
-            labels: class indices [B] (int64), or one-hot rows [B, label_dim].
+            labels: class indices [B] (int64), -1 for no class; or one-hot rows [B, label_dim], zeros for no class.
             return_bottleneck: return the bottleneck features instead, without running the way up.
 
         Returns:
@@ -149,7 +150,7 @@ class SimpleUNet(nn.Module):
         if labels.ndim == 2:
             emb = emb + labels.to(emb.dtype) @ self.label_embedding.weight.to(emb.dtype)
         else:
-            emb = emb + self.label_embedding(labels)
+            emb = emb + self.label_embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
         emb = F.silu(emb)
 
         h = stem = self.stem(x)                                                     # [B, C, 32, 32]

@@ -12,6 +12,7 @@ class StepRandom:
         # The CPU generator keeps 32 bits of its seed: adding the step keeps all steps of a run apart.
         self.generator = torch.Generator(device).manual_seed((base + step) % 2**32)
         self.device = device
+        self.host = np.random.default_rng([0x4057, seed, step])
 
     def normal(self, *shape):
         """Standard normal float32 numbers."""
@@ -21,12 +22,16 @@ class StepRandom:
         """Uniform float32 numbers in [0, 1)."""
         return torch.rand(*shape, generator=self.generator, device=self.device)
 
+    def choice(self, n):
+        """One uniform int of 0 .. n - 1, drawn by the host: what it decides must not wait for the device."""
+        return int(self.host.integers(n))
+
     def integers(self, low, high, *shape):
         """Uniform int64 numbers in low .. high, both included."""
         return torch.randint(low, high + 1, shape, generator=self.generator, device=self.device)
 
 
-def image_noise(seed, indices):
-    """Unit noise of the images numbered so, float32 [len(indices), 3, 32, 32]: each from (seed, index) alone."""
-    noise = [np.random.default_rng([seed, int(i)]).standard_normal((3, 32, 32), dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(noise))
+def image_noise(seed, indices, draw=0):
+    """Unit noise of the images numbered so, float32 [len(indices), 3, 32, 32]: each from (seed, index, draw) alone."""
+    rngs = (np.random.default_rng([seed, int(i), draw]) for i in indices)
+    return torch.from_numpy(np.stack([rng.standard_normal((3, 32, 32), dtype=np.float32) for rng in rngs]))

@@ -1,4 +1,4 @@
-"""Sample a checkpoint: a one-step student, or a teacher with Heun's method.
+"""Sample a checkpoint: a student in one step (or the few it was trained for), or a teacher with Heun's method.
 
     python sample.py                                                     # runs/dmd2 -> grid.png
     python sample.py --checkpoint runs/teacher --num_steps 18 --out teacher.png
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import checkpoint
 import cli
+import records
 import runtime
 import sampling
 from data import to_float
@@ -39,6 +39,9 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=cli.count, default=100, help="images at a time; changes speed only")
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
+    parser.add_argument(
+        "--guidance_scale", type=cli.natural_float, default=1.0, help="classifier-free guidance of a teacher, 1: none"
+    )
     args = parser.parse_args(argv)
     for path in filter(None, (args.out, args.npz)):
         folder = Path(path).resolve().parent
@@ -58,39 +61,27 @@ def class_indices(names, classes):
     return [numbers[name] for name in names]
 
 
-def write(path, writer):
-    """Call writer(file) on a temporary file and rename it, so that path is never half-written."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            writer(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(argv=None):
     args = parse_args(argv)
     device = cli.device(args)
     state = checkpoint.load(args.checkpoint)
+    cli.check_guidance(args, state)
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
     with cli.restoring(args.checkpoint):
-        sample = sampling.sampler(state, device, args.num_steps, args.compile)
+        sample = sampling.sampler(state, device, args.num_steps, args.guidance_scale, args.compile)
 
-    start, images = time.perf_counter(), []
-    with runtime.autocast(device, args.precision), tqdm(total=args.num_images, unit="image") as bar:
-        for batch in sampling.generate(sample, args.seed, labels, args.batch_size, device):
-            images.append(batch)
-            bar.update(len(batch))
+    start = time.perf_counter()
+    with runtime.autocast(device, args.precision):
+        images = list(sampling.generate(sample, args.seed, labels, args.batch_size, device, bar=True))
     images = torch.cat(images)                                                      # uint8 [N, 3, 32, 32]
     rate = len(images) / (time.perf_counter() - start)
 
     picture = runtime.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
-    write(args.out, lambda file: save_image(picture, file, format="png"))
+    records.write(args.out, lambda file: save_image(picture, file, format="png"))
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
-        write(args.npz, lambda file: np.savez(file, *arrays))
+        records.write(args.npz, lambda file: np.savez(file, *arrays))
     nfe = sampling.evaluations(state, args.num_steps)
     print(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "

@@ -5,6 +5,7 @@
 """
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import diffusion
@@ -13,26 +14,36 @@ from randomness import image_noise
 
 
 def evaluations(state, num_steps):
-    """Network evaluations per image (NFE): a student's one, or the 2 n - 1 of n Heun steps."""
-    return 1 if state["kind"] == "student" else 2 * num_steps - 1
+    """Network evaluations per image (NFE): a student's one per noise level, or the 2 n - 1 of n Heun steps."""
+    return len(state["denoising_sigmas"]) if state["kind"] == "student" else 2 * num_steps - 1
 
 
-def sampler(state, device, num_steps=18, compile=False):
-    """The function (z, labels) -> images [B, 3, 32, 32] of a loaded checkpoint, by its averaged weights.
+def sampler(state, device, num_steps=18, guidance_scale=1.0, compile=False):
+    """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, by its averaged weights.
 
-    A student makes an image in one step; a teacher in num_steps steps of Heun's method.
+    A student makes an image in the steps that it was trained for, one as a rule (renoise as in few_step_sample); a
+    teacher in num_steps steps of Heun's method, with classifier-free guidance where guidance_scale is not 1.
     """
     net = checkpoint.ema_model(state, device)
     if compile:
         net.compile()
     if state["kind"] == "student":
-        return torch.no_grad()(lambda z, labels: diffusion.one_step_sample(net, z, labels, state["conditioning_sigma"]))
-    return lambda z, labels: diffusion.heun_sample(net, z, labels, num_steps, state["sigma_min"], state["sigma_max"])
+        sigmas = state["denoising_sigmas"]
+        return torch.no_grad()(lambda z, labels, renoise: diffusion.few_step_sample(net, z, labels, sigmas, renoise))
+    denoise, schedule = diffusion.guided(net, guidance_scale), (num_steps, state["sigma_min"], state["sigma_max"])
+    return lambda z, labels, renoise: diffusion.heun_sample(denoise, z, labels, *schedule)
 
 
-def generate(sample, seed, labels, batch_size, device):
+def generate(sample, seed, labels, batch_size, device, bar=False):
     """Yield the images of labels[0], labels[1], ... in batches: uint8 [B, 3, 32, 32] on the CPU."""
+    progress = tqdm(total=len(labels), unit="image", disable=not bar)
     for start in range(0, len(labels), batch_size):
         batch = labels[start : start + batch_size]
-        z = image_noise(seed, range(start, start + len(batch))).to(device, memory_format=torch.channels_last)
-        yield to_uint8(sample(z, batch.to(device))).cpu()
+        indices = range(start, start + len(batch))
+
+        def noise(draw, indices=indices):
+            return image_noise(seed, indices, draw).to(device, memory_format=torch.channels_last)
+
+        yield to_uint8(sample(noise(0), batch.to(device), renoise=noise)).cpu()
+        progress.update(len(batch))
+    progress.close()

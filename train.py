@@ -1,6 +1,8 @@
 """Phase 2: distil the teacher into a one-step generator with DMD2 (Yin et al. 2024, arXiv 2405.14867).
 
     python train.py --conditioning_sigma 80                      # from runs/teacher into runs/dmd2
+    python train.py --gen_cls_loss_weight 3e-3                   # with the adversarial loss on the teacher's images
+    python train.py --num_denoising_steps 4                      # a generator of four steps
     python train.py --teacher runs/demo/teacher --preset demo    # minutes on a CPU
     python train.py --resume                                     # goes on where runs/dmd2 stopped
 
@@ -8,14 +10,18 @@ Neither loss shows progress (each chases a moving target): look at runs/dmd2/gri
 student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl, tensorboard --logdir runs
 """
 
+import math
+
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import checkpoint
 import cli
+import data
 import diffusion
 import runtime
+from guidance import F_DIVERGENCES
 from model import SimpleUNet
 from randomness import StepRandom, image_noise
 from unified_model import UnifiedModel
@@ -28,7 +34,9 @@ PRESETS = {
     ),
 }
 # Two steps can follow one another only if these stay as they were.
-FIXED = ("teacher", "batch_size", "seed", "conditioning_sigma", "sigma_min", "sigma_max")
+FIXED = (
+    "teacher", "dataset", "batch_size", "seed", "conditioning_sigma", "num_denoising_steps", "sigma_min", "sigma_max",
+)
 
 
 def parse_args(argv=None):
@@ -51,7 +59,35 @@ def parse_args(argv=None):
     parser.add_argument(
         "--ema_decay", type=cli.fraction, default=0.999, help="of the generator, per generator turn, at most (see EMA)"
     )
+    parser.add_argument(
+        "--gen_cls_loss_weight", type=cli.natural_float, default=0.0,
+        help="weight of the GAN loss in the generator turn, 3e-3 in the paper; 0: no GAN, and no dataset needed",
+    )
+    parser.add_argument(
+        "--cls_loss_weight", type=cli.natural_float, default=1e-2, help="weight of the GAN loss in the guidance turn"
+    )
+    parser.add_argument(
+        "--diffusion_gan_max_timestep", type=cli.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
+        help="the GAN sees images noised to a random one of so many of the 1000 Karras steps; 0: clean images",
+    )
+    parser.add_argument(
+        "--f_div", choices=list(F_DIVERGENCES), default="rkl",
+        help="divergence that the DM gradient lowers; kl and js need the GAN",
+    )
+    parser.add_argument(
+        "--num_denoising_steps", type=cli.number(int, 1, 100), default=1, help="evaluations per image of the student"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=cli.natural_float, default=1.0, help="classifier-free guidance of real_unet, 1: none"
+    )
+    cli.add_dataset(parser, "the GAN's real images, by default the teacher's", dataset=None, data_dir=None)
     args, state = cli.parse_training(parser, "student", PRESETS, argv, FIXED)
+    if args.f_div != "rkl" and not args.gen_cls_loss_weight:
+        parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
+    if args.f_div != "rkl" and args.diffusion_gan_max_timestep < args.max_step_percent * diffusion.NUM_TRAIN_TIMESTEPS:
+        parser.error(f"--f_div {args.f_div} needs the head at every noise: --diffusion_gan_max_timestep 1000")
+    if args.num_denoising_steps > 1 and args.conditioning_sigma <= args.sigma_min:
+        parser.error(f"--conditioning_sigma {args.conditioning_sigma} is not above --sigma_min {args.sigma_min}")
     if args.min_step_percent > args.max_step_percent:
         parser.error(f"--min_step_percent {args.min_step_percent} is above --max_step_percent {args.max_step_percent}")
     return args, state
@@ -73,14 +109,26 @@ def main(argv=None):
             raise cli.UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
     if fresh and checkpoint.find(args.teacher) == checkpoint.find(args.run_dir):
         raise cli.UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
+    cli.check_guidance(args, source)
+    gan = args.gen_cls_loss_weight > 0
+    if not fresh and gan != (source["settings"]["gen_cls_loss_weight"] > 0):
+        raise cli.UsageError("--gen_cls_loss_weight cannot turn the GAN on or off in a resumed run")
+    dataset = cli.dataset(args, source) if gan or args.eval_every else None
+    torch.manual_seed(args.seed)                    # for cls_head; the rest starts from the teacher
     model = UnifiedModel(
-        net, args.conditioning_sigma, min_step_percent=args.min_step_percent, max_step_percent=args.max_step_percent,
-        sigma_min=args.sigma_min, sigma_max=args.sigma_max,
+        net, args.conditioning_sigma, args.num_denoising_steps, args.sigma_min, sigma_max=args.sigma_max,
+        min_step_percent=args.min_step_percent, max_step_percent=args.max_step_percent,
+        guidance_scale=args.guidance_scale, gan=gan, f_div=args.f_div,
+        diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
     ema = checkpoint.EMA(generator, args.ema_decay)
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, fused=True)
-    guidance_optimizer = torch.optim.Adam(guidance.fake_unet.parameters(), lr=args.guidance_lr, fused=True)
+    guidance_parameters = [p for p in guidance.parameters() if p.requires_grad]     # of fake_unet and cls_head
+    guidance_optimizer = torch.optim.Adam(guidance_parameters, lr=args.guidance_lr, fused=True)
+    weights = dict(
+        loss_dm=1, gen_cls_loss=args.gen_cls_loss_weight, loss_fake=1, cls_loss=args.cls_loss_weight
+    )
     step = 0
     if not fresh:
         with cli.restoring(args.run_dir):
@@ -90,21 +138,26 @@ def main(argv=None):
             guidance_optimizer.load_state_dict(state["guidance_optimizer"])
         step = state["step"]
     meter = runtime.Meter(step, device, state and state["meter"])
+    best = dict(distance=math.inf, step=0) if fresh else state["best"]
+    validation = cli.validation(args, dataset, device)
+    batches = data.Batches(dataset, args.batch_size, args.seed, device) if gan else None
+    label_dropout = source["label_dropout"]
     del source, state                               # several times the size of the network
 
     run = runtime.RunFolder(args.run_dir, step, fresh)
     stop = runtime.StopSignal(args.max_minutes)
 
-    def save():
+    def save(name=checkpoint.NAME):
         checkpoint.save(
-            run.path / checkpoint.NAME,
+            run.path / name,
             dict(
                 kind="student", step=step, classes=classes, model_config=net.config,
-                model_ema=ema.module.state_dict(), conditioning_sigma=args.conditioning_sigma,
-                sigma_min=args.sigma_min, sigma_max=args.sigma_max,
+                model_ema=ema.module.state_dict(), denoising_sigmas=model.denoising_sigmas,
+                sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=label_dropout,
                 # From here on what only a resume needs; the randomness follows from the step. `model` holds the teacher
                 # too, so that the run stands on its own.
                 settings=cli.settings(args), model=model.state_dict(), ema=ema.state_dict(), meter=meter.state(),
+                best=best,
                 generator_optimizer=generator_optimizer.state_dict(),
                 guidance_optimizer=guidance_optimizer.state_dict(),
             ),
@@ -114,22 +167,37 @@ def main(argv=None):
         save()
 
     rows = min(len(classes), runtime.GRID_ROWS)
-    grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
-    teacher = guidance.real_unet
+
+    def grid_noise(draw):
+        return image_noise(args.seed, range(8 * rows), draw).to(device)
+
     with runtime.autocast(device, args.precision):
-        teacher_grid = diffusion.heun_sample(teacher, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
+        teacher = diffusion.guided(guidance.real_unet, args.guidance_scale)
+        teacher_grid = diffusion.heun_sample(teacher, grid_noise(0), grid_labels, 18, args.sigma_min, args.sigma_max)
     if args.compile:                                # after the grid, whose batch has another size
-        for network in (generator, guidance.fake_unet, teacher):
+        for network in (generator, guidance.fake_unet, guidance.real_unet):
             network.compile()
+
+    def draw(z, labels, renoise):
+        return diffusion.few_step_sample(ema.module, z, labels, model.denoising_sigmas, renoise)
 
     @torch.no_grad()
     def log_grid():
         with runtime.autocast(device, args.precision):
-            images = diffusion.one_step_sample(ema.module, grid_z, grid_labels, args.conditioning_sigma)
+            images = draw(grid_noise(0), grid_labels, grid_noise)
             _, log = model.generator_turn(images, grid_labels, StepRandom(args.seed, 0, device))
         run.grid(step, "teacher_student", rows, teacher_grid, images)
         run.grid(step, "dm_gradient", rows, log["grad"] / 4 / log["grad"].std())
+
+    @torch.no_grad()
+    def measure():
+        with runtime.autocast(device, args.precision):
+            values = validation(draw)
+        run.scalars(step, values)
+        if values[validation.key] < best["distance"]:
+            best.update(distance=values[validation.key], step=step)
+            save("best.pt")
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     meter.rate(step)                                # speed counts from here
@@ -143,25 +211,28 @@ def main(argv=None):
         guidance_optimizer.param_groups[0]["lr"] = args.guidance_lr * factor
         generator_turn = step % args.dfake_gen_update_ratio == 0
         with torch.set_grad_enabled(generator_turn), runtime.autocast(device, args.precision):
-            x_gen = model.generate(z, labels)                                       # [B, 3, 32, 32]
+            x_gen = model.generate(z, labels, rng)                                  # [B, 3, 32, 32]
 
         if generator_turn:
             with runtime.autocast(device, args.precision):
-                loss_dm, _ = model.generator_turn(x_gen, labels, rng)
-            loss_dm.backward()
+                losses, _ = model.generator_turn(x_gen, labels, rng)
+            sum(weights[name] * loss for name, loss in losses.items()).backward()
             generator_grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
             generator_optimizer.step()
             generator_optimizer.zero_grad(set_to_none=True)
             ema.update_parameters(generator)
-            meter.add(step, loss_dm=loss_dm, generator_grad_norm=generator_grad_norm)
+            meter.add(step, **losses, generator_grad_norm=generator_grad_norm)
 
+        x_real, real_labels = batches(step) if gan else (None, None)                # [B, 3, 32, 32], [B]
+        if gan and args.flip:
+            x_real = data.random_flip(x_real, rng)
         with runtime.autocast(device, args.precision):
-            loss_fake, _ = model.guidance_turn(x_gen, labels, rng)
-        loss_fake.backward()
-        fake_grad_norm = clip_grad_norm_(guidance.fake_unet.parameters(), args.max_grad_norm)
+            losses, _ = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
+        sum(weights[name] * loss for name, loss in losses.items()).backward()
+        fake_grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
         guidance_optimizer.step()
         guidance_optimizer.zero_grad(set_to_none=True)
-        meter.add(step, loss_fake=loss_fake, fake_grad_norm=fake_grad_norm)
+        meter.add(step, **losses, fake_grad_norm=fake_grad_norm)
         step += 1
         bar.update()
 
@@ -174,6 +245,8 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
+            if validation and (step % args.eval_every == 0 or step == args.steps):
+                measure()
             if step % args.save_every == 0 or step == args.steps:
                 save()
     if stop and step < args.steps:

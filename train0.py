@@ -8,6 +8,8 @@
 Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tensorboard --logdir runs
 """
 
+import math
+
 import torch
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ FIXED = ("dataset", "channels", "blocks", "batch_size", "seed")
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Train the diffusion teacher.")
-    cli.add_dataset(parser)
+    cli.add_dataset(parser, "images")
     cli.add_training(
         parser, PRESETS, run_dir="runs/teacher", steps=50_000, batch_size=256, sample_every=2500, save_every=1000
     )
@@ -43,7 +45,9 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=cli.positive, default=1e-3, help="peak learning rate of Adam")
     parser.set_defaults(lr_schedule="cosine")
     parser.add_argument("--ema_decay", type=cli.number(float, 0, 1), default=0.9995, help="per step, at most (see EMA)")
-    parser.add_argument("--flip", type=cli.number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
+    parser.add_argument(
+        "--label_dropout", type=cli.fraction, default=0.0, help="share of images shown without their class (guidance)"
+    )
     parser.add_argument(
         "--sigma_sampling", choices=["lognormal", "grid"], default="lognormal",
         help="training noise: ln(sigma) ~ N(p_mean, p_std^2), or uniform over the 1000 Karras steps",
@@ -59,7 +63,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args, state = parse_args(argv)
     device = cli.device(args)
-    dataset = data.load(args.dataset, args.data_dir)
+    dataset = cli.dataset(args, state)
     torch.manual_seed(args.seed)
 
     # --- network, EMA, optimizer -------------------------------------------------------------------------------------
@@ -69,32 +73,33 @@ def main(argv=None):
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     step = 0
     if state:
-        if state["classes"] != dataset.classes:
-            raise cli.UsageError(f"the classes of --dataset {args.dataset} are not those of the run in {args.run_dir}")
         with cli.restoring(args.run_dir):
             net.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    best = state["best"] if state else dict(distance=math.inf, step=0)
     meter, fresh = runtime.Meter(step, device, state and state["meter"]), state is None
     del state                                       # several times the size of the network
     if args.compile:
         net.compile()
 
+    validation = cli.validation(args, dataset, device)
     batches = data.Batches(dataset, args.batch_size, args.seed, device)
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
     run = runtime.RunFolder(args.run_dir, step, fresh)
     stop = runtime.StopSignal(args.max_minutes)
 
-    def save():
+    def save(name=checkpoint.NAME):
         checkpoint.save(
-            run.path / checkpoint.NAME,
+            run.path / name,
             dict(
                 kind="teacher", step=step, classes=dataset.classes, model_config=net.config,
                 model_ema=ema.module.state_dict(), sigma_min=args.sigma_min, sigma_max=args.sigma_max,
+                label_dropout=args.label_dropout,
                 # From here on what only a resume needs; the randomness and the place in the data follow from the step.
                 settings=cli.settings(args), model=net.state_dict(), ema=ema.state_dict(), meter=meter.state(),
-                optimizer=optimizer.state_dict(),
+                best=best, optimizer=optimizer.state_dict(),
             ),
         )
 
@@ -105,10 +110,22 @@ def main(argv=None):
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
 
+    def draw(z, labels, renoise=None):
+        return diffusion.heun_sample(ema.module, z, labels, 18, args.sigma_min, args.sigma_max)
+
     def log_grid():
         with runtime.autocast(device, args.precision):
-            images = diffusion.heun_sample(ema.module, grid_z, grid_labels, 18, args.sigma_min, args.sigma_max)
+            images = draw(grid_z, grid_labels)
         run.grid(step, "teacher", rows, images)
+
+    @torch.no_grad()
+    def measure():
+        with runtime.autocast(device, args.precision):
+            values = validation(draw)
+        run.scalars(step, values)
+        if values[validation.key] < best["distance"]:
+            best.update(distance=values[validation.key], step=step)
+            save("best.pt")
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     meter.rate(step)                                # speed counts from here
@@ -118,7 +135,9 @@ def main(argv=None):
         x_0, labels = batches(step)                                                 # [B, 3, 32, 32], [B]
         n = len(x_0)
         if args.flip:
-            x_0 = torch.where(rng.uniform(n, 1, 1, 1) < 0.5, x_0.flip(-1), x_0)
+            x_0 = data.random_flip(x_0, rng)
+        if args.label_dropout:
+            labels = torch.where(rng.uniform(n) < args.label_dropout, -1, labels)   # -1: no class
         if args.sigma_sampling == "lognormal":
             sigma = diffusion.lognormal_sigma(rng.normal(n, 1, 1, 1), args.p_mean, args.p_std)
         else:
@@ -150,6 +169,8 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
+            if validation and (step % args.eval_every == 0 or step == args.steps):
+                measure()
             if step % args.save_every == 0 or step == args.steps:
                 save()
     if stop and step < args.steps:

@@ -1,16 +1,16 @@
-"""UnifiedModel: the one-step generator and its guidance, and the two turns of DMD2.
+"""UnifiedModel: the generator and its guidance, and the two turns of DMD2.
 
     model = UnifiedModel(teacher, conditioning_sigma=80.0)
-    x_gen = model.generate(z, labels)
-    loss_dm, log = model.generator_turn(x_gen, labels, rng)       # every dfake_gen_update_ratio steps
-    loss_fake, log = model.guidance_turn(x_gen, labels, rng)      # every step
+    x_gen = model.generate(z, labels, rng)
+    losses, log = model.generator_turn(x_gen, labels, rng)        # every dfake_gen_update_ratio steps
+    losses, log = model.guidance_turn(x_gen, labels, rng)         # every step
 """
 
 import copy
 
 from torch import nn
 
-from diffusion import SIGMA_MAX, one_step_sample
+from diffusion import SIGMA_MAX, SIGMA_MIN, denoising_sigmas, few_step_sample
 from guidance import GuidanceModel
 
 
@@ -19,24 +19,49 @@ class UnifiedModel(nn.Module):
 
     Args:
         teacher: a denoiser (x_t, sigma, labels) -> x0_hat; it is copied, not kept.
-        conditioning_sigma: noise level sigma_cond from which the generator makes an image in one evaluation.
+        conditioning_sigma: noise level sigma_cond that the generator starts from.
+        num_denoising_steps: evaluations per image, at the levels of diffusion.denoising_sigmas.
+        sigma_min: least noise of the Karras schedule.
         guidance: further arguments of GuidanceModel.
     """
 
-    def __init__(self, teacher, conditioning_sigma=SIGMA_MAX, **guidance):
+    def __init__(
+        self, teacher, conditioning_sigma=SIGMA_MAX, num_denoising_steps=1, sigma_min=SIGMA_MIN, **guidance
+    ):
         super().__init__()
-        self.conditioning_sigma = conditioning_sigma
+        self.denoising_sigmas = denoising_sigmas(conditioning_sigma, num_denoising_steps, sigma_min)
         self.feedforward_model = copy.deepcopy(teacher).train().requires_grad_(True)
-        self.guidance_model = GuidanceModel(teacher, **guidance)
+        self.guidance_model = GuidanceModel(teacher, sigma_min=sigma_min, **guidance)
 
-    def generate(self, z, labels):
-        """x_gen = G(z sigma_cond, sigma_cond, y): unit noise and classes [B] to images, both [B, 3, 32, 32]."""
-        return one_step_sample(self.feedforward_model, z, labels, self.conditioning_sigma)
+    def generate(self, z, labels, rng=None):
+        """Generated images to learn from; z and the result are [B, 3, 32, 32], labels [B].
+
+        One step: x_gen = G(z sigma_cond, sigma_cond, y). Several: the generator's image after 1 to num_denoising_steps
+        of them, drawn by rng, so that each is trained on what it will be given when sampling (DMD2, section 4.5,
+        backward simulation); gradients come from the last one alone.
+        """
+        steps = len(self.denoising_sigmas)
+        sigmas = self.denoising_sigmas[: 1 + rng.choice(steps)] if steps > 1 else self.denoising_sigmas
+        return few_step_sample(self.feedforward_model, z, labels, sigmas, lambda i: rng.normal(*z.shape))
 
     def generator_turn(self, x_gen, labels, rng=None):
-        """The generator's loss and a dict of pictures; x_gen carries the gradient to feedforward_model alone."""
-        return self.guidance_model.compute_distribution_matching_loss(x_gen, labels, rng)
+        """The generator's losses and pictures, two dicts; x_gen carries the gradient to feedforward_model alone."""
+        guidance = self.guidance_model
+        losses = {}
+        losses["loss_dm"], log = guidance.compute_distribution_matching_loss(x_gen, labels, rng)
+        if guidance.cls_head is not None:
+            losses["gen_cls_loss"], _ = guidance.compute_generator_cls_loss(x_gen, labels, rng)
+        return losses, log
 
-    def guidance_turn(self, x_gen, labels, rng=None):
-        """fake_unet's loss and a dict of pictures; no gradient goes back to the generator."""
-        return self.guidance_model.compute_loss_fake(x_gen, labels, rng)
+    def guidance_turn(self, x_gen, labels, rng=None, x_real=None, real_labels=None):
+        """The losses and pictures of fake_unet and cls_head, two dicts; no gradient goes back to the generator.
+
+        x_real [B, 3, 32, 32] and real_labels [B] are needed where there is a GAN.
+        """
+        guidance = self.guidance_model
+        losses = {}
+        losses["loss_fake"], log = guidance.compute_loss_fake(x_gen, labels, rng)
+        if guidance.cls_head is not None:
+            losses["cls_loss"], logits = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng)
+            log.update(logits)
+        return losses, log

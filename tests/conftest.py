@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -6,14 +7,51 @@ os.environ["OMP_NUM_THREADS"] = "1"                 # the nets here are tiny: th
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+TINY = ["--device", "cpu", "--batch_size", "4", "--log_every", "2", "--sample_every", "5", "--save_every", "3"]
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A script's signal handlers end with its test."""
+    before = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for signum, handler in before:
+        signal.signal(signum, handler)
+
+
+def call(script, *argv):
+    """Exit code of `python script.py argv`, in this process."""
+    import cli
+
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(lambda: script.main(list(argv)))
+    return exit_info.value.code or 0
+
+
+def image_tree(root, classes=("cat", "dog"), n=3, size=(48, 40)):
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", size, (50 * label, 10 * i, 200)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return str(image_tree(tmp_path_factory.mktemp("data") / "tree"))
+
+
+def teacher_flags(tree):
+    return ["--dataset", "folder", "--data_dir", tree, "--channels", "8", *TINY]
 
 
 class GaussianDenoiser(torch.nn.Module):

@@ -1,18 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import image_tree
 from PIL import Image
 
 import data
 import shapes
-
-
-def image_tree(root, classes=("cat", "dog"), n=3, size=(48, 40)):
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(n):
-            Image.new("RGB", size, (50 * label, 10 * i, 200)).save(root / name / f"{i}.png")
-    return root
 
 
 def test_float_and_uint8_are_inverse():

@@ -61,6 +61,51 @@ def test_heun_is_second_order_and_counts_its_evaluations():
 
 
 def test_one_step_of_the_ideal_denoiser_is_the_mean_of_the_data():
-    images = diffusion.one_step_sample(GaussianDenoiser(0.3, 0.2), torch.randn(8, 3, 32, 32), None, 80.0)
+    z = torch.randn(8, 3, 32, 32)
+    images = diffusion.few_step_sample(GaussianDenoiser(0.3, 0.2), z, None, [80.0], renoise=None)
     np.testing.assert_allclose(images.mean().item(), 0.3, atol=1e-3)
     assert images.std().item() < 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_few_steps_of_an_ideal_generator_give_the_datas_mean_and_std(num_steps):
+    mu, s0, seen = 0.3, 0.2, []
+
+    def generator(x_t, sigma, labels):              # the end of the probability flow through (x_t, sigma), exact
+        seen.append(sigma)
+        return mu + (x_t - mu) * s0 / (s0**2 + sigma**2) ** 0.5
+
+    sigmas = diffusion.denoising_sigmas(80.0, num_steps)
+    z = torch.randn(64, 3, 32, 32)
+    images = diffusion.few_step_sample(generator, z, None, sigmas, lambda i: torch.randn_like(z))
+    assert images.mean().item() == pytest.approx(mu, abs=2e-3) and images.std().item() == pytest.approx(s0, rel=0.01)
+    assert seen == sigmas and len(sigmas) == num_steps and sigmas == sorted(sigmas, reverse=True) and sigmas[0] == 80
+
+
+def test_few_step_levels_are_evenly_spread_by_equation_5():
+    wanted = [(80 ** (1 / 7) * (4 - i) / 4 + 0.002 ** (1 / 7) * i / 4) ** 7 for i in range(4)]
+    np.testing.assert_allclose(diffusion.denoising_sigmas(80.0, 4), wanted)
+    assert diffusion.denoising_sigmas(17.3, 1) == [17.3]
+
+
+def test_only_the_last_of_several_steps_takes_a_gradient():
+    weight = torch.ones(2, requires_grad=True)
+    levels = {80.0: 0, 2.0: 1}
+
+    def generator(x_t, sigma, labels):
+        return weight[levels[sigma]] * x_t
+
+    z = torch.ones(1, 3, 2, 2)
+    diffusion.few_step_sample(generator, z, None, [80.0, 2.0], lambda i: z).sum().backward()
+    assert weight.grad.tolist() == [0, (80 + 2) * 12]
+
+
+def test_guidance_moves_from_the_unconditional_estimate_through_the_conditional_one():
+    def denoise(x_t, sigma, labels):                # 1 where there is a class, 0.25 where there is none
+        return torch.where(labels >= 0, 1.0, 0.25).view(-1, 1, 1, 1).expand_as(x_t)
+
+    x, labels = torch.zeros(3, 3, 2, 2), torch.tensor([0, 5, 9])
+    assert diffusion.guided(denoise, 1.0) is denoise
+    for scale, wanted in ((0.0, 0.25), (3.0, 2.5)):
+        guided = diffusion.guided(denoise, scale)(x, 1.0, labels)
+        torch.testing.assert_close(guided, torch.full_like(x, wanted))

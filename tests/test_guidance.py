@@ -78,7 +78,7 @@ def test_with_exact_scores_the_generator_converges_to_the_data():
         rng = StepRandom(0, step)
         x_gen = model.generate(rng.normal(256, 3, 4, 4), labels)
         guidance.fake_unet = GaussianDenoiser(generator.a.item(), abs(generator.b.item()))     # exact at every step
-        loss, _ = model.generator_turn(x_gen, labels, rng)
+        loss = model.generator_turn(x_gen, labels, rng)[0]["loss_dm"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -148,15 +148,17 @@ def test_each_turn_trains_its_own_network_only_and_the_teacher_stays_as_it_was()
     for step in range(3):
         rng = StepRandom(0, step)
         x_gen = model.generate(rng.normal(4, 3, 32, 32), LABELS)
-        loss, _ = model.guidance_turn(x_gen, LABELS, rng)
-        loss.backward()
+        losses, _ = model.guidance_turn(x_gen, LABELS, rng)
+        assert list(losses) == ["loss_fake"]
+        losses["loss_fake"].backward()
         assert all(p.grad is None for p in generator.parameters())
         assert all(p.grad is not None for p in guidance.fake_unet.parameters())
         optimizer.step()
         optimizer.zero_grad()
 
-        loss, _ = model.generator_turn(x_gen, LABELS, rng)
-        loss.backward()
+        losses, _ = model.generator_turn(x_gen, LABELS, rng)
+        assert list(losses) == ["loss_dm"]
+        losses["loss_dm"].backward()
         assert all(p.grad is None for p in guidance.parameters())
         assert sum(p.grad.abs().sum() for p in generator.parameters()) > 0
         optimizer.step()
@@ -164,3 +166,152 @@ def test_each_turn_trains_its_own_network_only_and_the_teacher_stays_as_it_was()
     for name, tensor in guidance.real_unet.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert not any(p.requires_grad for p in guidance.real_unet.parameters())
+
+
+# --- GAN, divergences, several steps, guidance ------------------------------------------------------------------------
+
+
+def gan(**kwargs):
+    return UnifiedModel(small_net(), gan=True, **kwargs)
+
+
+def turns(model, rng, x_gen=None):
+    """Losses of a generator turn and of a guidance turn."""
+    x_gen = model.generate(rng.normal(4, 3, 32, 32), LABELS, rng) if x_gen is None else x_gen
+    losses, _ = model.generator_turn(x_gen, LABELS, rng)
+    x_real = 0.5 * rng.normal(4, 3, 32, 32)
+    return losses, model.guidance_turn(x_gen, LABELS, rng, x_real, LABELS.flip(0))[0]
+
+
+def test_without_a_gan_losses_and_random_numbers_are_the_seeds():
+    teacher = small_net()
+    plain, with_gan = UnifiedModel(teacher), UnifiedModel(teacher, gan=True)
+    assert not any("cls_head" in name for name in plain.state_dict())
+    rng, rng_gan = StepRandom(0, 0), StepRandom(0, 0)
+    x_gen = plain.generate(rng.normal(4, 3, 32, 32), LABELS, rng)
+    assert torch.equal(x_gen, with_gan.generate(rng_gan.normal(4, 3, 32, 32), LABELS, rng_gan))
+    losses, losses_gan = plain.generator_turn(x_gen, LABELS, rng)[0], with_gan.generator_turn(x_gen, LABELS, rng_gan)[0]
+    assert set(losses) == {"loss_dm"} and set(losses_gan) == {"loss_dm", "gen_cls_loss"}
+    assert torch.equal(losses["loss_dm"], losses_gan["loss_dm"])    # the GAN draws after what was drawn without it
+
+
+def test_gan_losses_are_softplus_of_the_logits():
+    model = gan()
+    guidance = model.guidance_model
+    x_gen, x_real = images(), torch.randn(4, 3, 32, 32)
+    labels, real_labels = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])
+    rng = StepRandom(5, 0)
+    sigma = guidance.sigmas[rng.integers(0, 999, 8, 1, 1, 1)]
+    x_t = torch.cat([x_gen, x_real]) + sigma * rng.normal(8, 3, 32, 32)
+    logits = guidance.logits(x_t, sigma, torch.cat([labels, real_labels])).detach()
+    loss, log = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, StepRandom(5, 0))
+    wanted = logits[:4].exp().log1p().mean() + (-logits[4:]).exp().log1p().mean()
+    torch.testing.assert_close(loss, wanted)
+    assert log["logit_fake"] == logits[:4].mean() and log["logit_real"] == logits[4:].mean()
+    rng = StepRandom(5, 0)
+    sigma = guidance.sigmas[rng.integers(0, 999, 4, 1, 1, 1)]
+    logits = guidance.logits(x_gen + sigma * rng.normal(4, 3, 32, 32), sigma, labels)
+    loss, _ = guidance.compute_generator_cls_loss(x_gen, labels, StepRandom(5, 0))
+    torch.testing.assert_close(loss, (-logits).exp().log1p().mean())
+
+
+def test_the_gans_noise_stays_below_its_timestep_and_0_is_clean():
+    guidance = gan(diffusion_gan_max_timestep=10).guidance_model
+    x = torch.zeros(256, 3, 2, 2)
+    _, sigma = guidance.gan_noise(x, StepRandom(0, 0))
+    assert sigma.min() == guidance.sigmas[0] and sigma.max() == guidance.sigmas[9]
+    guidance.diffusion_gan_max_timestep = 0
+    x_t, sigma = guidance.gan_noise(x, StepRandom(0, 0))
+    assert torch.equal(x_t, x) and (sigma == guidance.sigmas[0]).all() and sigma.shape == (256, 1, 1, 1)
+
+
+def test_each_gan_loss_trains_its_own_side():
+    model = gan()
+    generator, guidance = model.feedforward_model, model.guidance_model
+    rng = StepRandom(0, 0)
+    losses, _ = turns(model, rng)
+    losses["gen_cls_loss"].backward()
+    assert all(p.grad is None for p in guidance.parameters())
+    assert sum(p.grad.abs().sum() for p in generator.parameters()) > 0
+    generator.zero_grad(set_to_none=True)
+
+    _, losses = turns(model, rng)
+    losses["cls_loss"].backward()
+    assert all(p.grad is None for p in generator.parameters())
+    assert all(p.grad is None for p in guidance.real_unet.parameters())
+    assert all(p.grad is not None for p in guidance.cls_head.parameters())
+    way_down = [p.grad for name, p in guidance.fake_unet.named_parameters() if name.startswith(("stem", "down"))]
+    assert all(grad is not None and grad.any() for grad in way_down)
+    assert all(p.requires_grad for p in (*guidance.cls_head.parameters(), *guidance.fake_unet.parameters()))
+
+
+def test_the_head_learns_to_tell_real_from_generated_and_moves_the_generator_towards_real():
+    guidance = gan().guidance_model
+    optimizer = torch.optim.Adam([p for p in guidance.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(60):                          # real images are brighter
+        rng = StepRandom(0, step)
+        x_gen, x_real = (0.3 * rng.normal(16, 3, 32, 32) + mean for mean in (-0.4, 0.4))
+        labels = rng.integers(0, 9, 16)
+        loss, log = guidance.compute_cls_loss(x_gen, labels, x_real, labels, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert log["logit_real"] > log["logit_fake"] + 1
+    x_gen.requires_grad_()
+    guidance.compute_generator_cls_loss(x_gen, labels, StepRandom(0, 99))[0].backward()
+    assert x_gen.grad.mean() < 0                    # descent makes the generated images brighter
+
+
+@pytest.mark.parametrize(("f_div", "h"), [("kl", [0.25, 1.75]), ("js", [0.4, 1.6]), ("rkl", [1.0, 1.0])])
+def test_divergences_weigh_the_gradient_by_the_density_ratio(monkeypatch, f_div, h):
+    # h over its mean: for kl r itself, of mean 4/3; for js r / (1 + r), 1/5 and 4/5.
+    ratio = torch.tensor([1 / 4, 4.0]) if f_div == "js" else torch.tensor([1 / 3, 7 / 3])
+    teacher = small_net()
+    plain, weighted = (UnifiedModel(teacher, gan=True, f_div=f).guidance_model for f in ("rkl", f_div))
+    for guidance in (plain, weighted):
+        guidance.fake_unet = GaussianDenoiser(0.2, 0.3)
+        monkeypatch.setattr(guidance, "logits", lambda x_t, sigma, labels: ratio.log())
+    x_gen = torch.randn(2, 3, 32, 32)
+    grads = [g.compute_distribution_matching_loss(x_gen, LABELS[:2], StepRandom(0, 0))[1]["grad"]
+             for g in (plain, weighted)]
+    torch.testing.assert_close(grads[1], grads[0] * torch.tensor(h).view(2, 1, 1, 1))
+
+
+def test_another_divergence_needs_the_gan():
+    with pytest.raises(ValueError, match="needs gan"):
+        GuidanceModel(small_net(), f_div="kl")
+
+
+def test_guidance_scale_is_for_the_real_score_alone():
+    class ByLabel(GaussianDenoiser):
+        """mu where there is a class, 0 where there is none."""
+
+        def forward(self, x, sigma, labels):
+            mu, s0 = (labels >= 0).float().view(-1, 1, 1, 1) * self.mu, self.s0
+            return (s0**2 * x + sigma**2 * mu) / (s0**2 + sigma**2)
+
+    x_gen = images()
+    guided, plain = GuidanceModel(ByLabel(0.3, 0.2), guidance_scale=2.0), GuidanceModel(ByLabel(0.6, 0.2))
+    plain.fake_unet = ByLabel(0.3, 0.2)             # uncond + 2 (cond - uncond) = a teacher of mean 2 * 0.3
+    grads = [g.compute_distribution_matching_loss(x_gen, LABELS, StepRandom(0, 0))[1]["grad"] for g in (guided, plain)]
+    torch.testing.assert_close(*grads)
+
+
+def test_several_steps_train_on_the_generators_own_images_of_every_step():
+    seen = []
+
+    class Spy(Affine):
+        def forward(self, x, sigma, labels):
+            seen.append((sigma, torch.is_grad_enabled()))
+            return super().forward(x, sigma, labels)
+
+    model = UnifiedModel(Spy(), num_denoising_steps=4)
+    lengths = set()
+    for step in range(40):
+        seen.clear()
+        rng = StepRandom(0, step)
+        assert model.generate(rng.normal(2, 3, 4, 4), LABELS[:2], rng).requires_grad
+        assert [sigma for sigma, _ in seen] == model.denoising_sigmas[: len(seen)]
+        assert [grad for _, grad in seen] == [False] * (len(seen) - 1) + [True]
+        lengths.add(len(seen))
+    assert lengths == {1, 2, 3, 4}

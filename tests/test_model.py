@@ -98,3 +98,12 @@ def test_bf16_network_stays_close_to_float32_and_returns_float32():
 def test_bad_configurations_are_refused(config):
     with pytest.raises(ValueError):
         SimpleUNet(**config)
+
+
+def test_no_class_is_minus_one_or_a_row_of_zeros_and_differs_from_every_class():
+    net = trained_net(channels=8)
+    x, none = torch.randn(10, 3, 32, 32), torch.full((10,), -1)
+    without = net(x, 0.7, none)
+    torch.testing.assert_close(without, net(x, 0.7, torch.zeros(10, 10)))
+    differences = (net(x, 0.7, torch.arange(10)) - without).abs().amax((1, 2, 3))
+    assert (differences > 1e-4).all()

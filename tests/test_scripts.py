@@ -12,31 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY, call, image_tree, teacher_flags
 from PIL import Image
-from test_data import image_tree
 
+import benchmark
 import checkpoint
-import cli
+import diffusion
+import evaluate
 import runtime
 import sample
 import train
 import train0
-
-TINY = ["--device", "cpu", "--batch_size", "4", "--log_every", "2", "--sample_every", "5", "--save_every", "3"]
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    before = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for signum, handler in before:
-        signal.signal(signum, handler)
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return str(image_tree(tmp_path_factory.mktemp("data") / "tree"))
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +34,6 @@ def teacher(tree, tmp_path_factory):
 
 def read(path):
     return Path(path).read_bytes()
-
-
-def teacher_flags(tree):
-    return ["--dataset", "folder", "--data_dir", tree, "--channels", "8", *TINY]
-
-
-def call(script, *argv):
-    """Exit code of `python script.py argv`, in this process."""
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run(lambda: script.main(list(argv)))
-    return exit_info.value.code or 0
 
 
 def assert_same_run(one, other):
@@ -145,10 +120,15 @@ def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signu
     assert_same_run(a, b)
 
 
-@pytest.mark.parametrize(("at_step", "signum"), [(2, signal.SIGINT), (5, signal.SIGTERM)])
-def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch, teacher, at_step, signum):
+EVERYTHING = ["--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("at_step", "signum", "more"), [(2, signal.SIGINT, []), (5, signal.SIGTERM, []), (4, signal.SIGTERM, EVERYTHING)]
+)
+def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch, teacher, at_step, signum, more):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
-    flags = ["--teacher", teacher, "--dfake_gen_update_ratio", "2", "--steps", "7", *TINY]
+    flags = ["--teacher", teacher, "--dfake_gen_update_ratio", "2", "--steps", "7", *more, *TINY]
     assert call(train, *flags, "--run_dir", a) == 0
     interrupted(monkeypatch, train, at_step, signum)
     assert call(train, *flags, "--run_dir", b) == 0
@@ -187,6 +167,44 @@ def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(t
     for name in ("feedforward_model", "guidance_model.fake_unet"):
         assert any(not torch.equal(state["model"][f"{name}.{k}"], v) for k, v in initial.items())
     assert any(not torch.equal(state["model_ema"][k], v) for k, v in initial.items())
+
+
+def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher, tree, monkeypatch):
+    asked, load = [], train.data.load
+    monkeypatch.setattr(train.data, "load", lambda *args: asked.append(args) or load(*args))
+    flags = ["--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--steps", "4", *TINY]
+    assert call(train, *flags) == 0 and asked == []                 # without a GAN no dataset is looked at
+    assert call(train, *flags, "--gen_cls_loss_weight", "3e-3", "--overwrite") == 0
+    assert asked == [("folder", tree, "train")]
+    rows = [json.loads(line) for line in read(f"{tmp_path}/b/log.jsonl").splitlines()]
+    assert {"loss_dm", "gen_cls_loss", "loss_fake", "cls_loss"} <= set(rows[0])
+    state = checkpoint.load(f"{tmp_path}/b")
+    head = [name for name in state["model"] if "cls_head" in name]
+    parameters = checkpoint.load(teacher)["model_ema"]              # fake_unet and its head share one optimizer
+    assert head and len(state["guidance_optimizer"]["state"]) == len(parameters) + len(head)
+    for name in ("dataset", "data_dir"):
+        assert state["settings"][name] == dict(dataset="folder", data_dir=tree)[name]
+    assert call(train, "--run_dir", f"{tmp_path}/b", "--resume", "--gen_cls_loss_weight", "0", "--device", "cpu") == 2
+
+
+def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, tree, capsys):
+    a, b = f"{tmp_path}/a", f"{tmp_path}/b"
+    assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "2", "--label_dropout", "0.5") == 0
+    flags = ["--guidance_scale", "1.5", "--num_denoising_steps", "4", "--steps", "2"]
+    assert call(train, "--teacher", a, "--run_dir", b, *flags, *TINY) == 0
+    assert checkpoint.load(b)["denoising_sigmas"] == diffusion.denoising_sigmas(80.0, 4)
+    paths = ["--out", f"{tmp_path}/x.png", "--npz", f"{tmp_path}/x.npz", "--device", "cpu"]
+    images = []
+    for more in (["--num_images", "6"], ["--num_images", "4", "--batch_size", "3"]):
+        capsys.readouterr()
+        assert call(sample, "--checkpoint", b, *more, *paths) == 0
+        assert "4 evaluations each" in capsys.readouterr().out
+        images.append(np.load(f"{tmp_path}/x.npz")["arr_0"].astype(int))
+    assert abs(images[0][:4] - images[1]).max() <= 1                # the noise between steps goes by image as well
+    for scale in ("0", "1", "3"):
+        assert call(sample, "--checkpoint", a, "--guidance_scale", scale, "--num_steps", "2", *paths) == 0
+        images.append(np.load(f"{tmp_path}/x.npz")["arr_0"])
+    assert not np.array_equal(images[2], images[3]) and not np.array_equal(images[3], images[4])
 
 
 def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is_saved(tmp_path, tree, monkeypatch):
@@ -299,6 +317,17 @@ WRONG = [
     (train, ["--teacher", "{teacher}", "--run_dir", "{teacher}", "--overwrite"], "teacher's own folder"),
     (train, ["--teacher", "{teacher}", "--sigma_max", "40"], "--sigma_max 80"),
     (train, ["--steps", "9" * 400], "--steps"),
+    (train, ["--teacher", "{teacher}", "--f_div", "kl"], "--gen_cls_loss_weight"),
+    (train, ["--f_div", "js", "--gen_cls_loss_weight", "1", "--diffusion_gan_max_timestep", "900"], "every noise"),
+    (train, ["--f_div", "chi2"], "--f_div"),
+    (train, ["--gen_cls_loss_weight", "-1"], "--gen_cls_loss_weight"),
+    (train, ["--diffusion_gan_max_timestep", "1001"], "--diffusion_gan_max_timestep"),
+    (train, ["--num_denoising_steps", "0"], "--num_denoising_steps"),
+    (train, ["--num_denoising_steps", "2", "--conditioning_sigma", "0.001"], "--conditioning_sigma"),
+    (train, ["--teacher", "{teacher}", "--guidance_scale", "2"], "--label_dropout"),
+    (train, ["--teacher", "{teacher}", "--gen_cls_loss_weight", "1", "--dataset", "shapes"], "classes"),
+    (train0, ["--dataset", "shapes", "--label_dropout", "1.5"], "--label_dropout"),
+    (sample, ["--checkpoint", "{teacher}", "--guidance_scale", "2"], "--label_dropout"),
     (train0, ["--dataset", "imagenet"], "--dataset"),
     (train0, ["--dataset", "folder", "--data_dir", "{tree}/cat/0.png"], "0.png"),
     (train0, ["--dataset", "shapes", "--device", "meta"], "--device"),
@@ -337,21 +366,21 @@ def test_a_wrong_call_is_one_line_exit_code_2_and_writes_nothing(
     assert sorted(os.listdir(tmp_path)) == here and read(f"{teacher}/checkpoint.pt") == saved
 
 
-@pytest.mark.parametrize("script", [train0, train, sample])
+@pytest.mark.parametrize("script", [train0, train, sample, evaluate, benchmark])
 def test_help_states_every_default(script, capsys):
     with pytest.raises(SystemExit) as exit_info:
         script.main(["--help"])
     out = capsys.readouterr().out
     assert exit_info.value.code == 0
     entries = re.split(r"\n  (?=--)", out.split("options:")[1])[1:]
-    assert {"--seed", "--device", "--precision"} <= {entry.split()[0] for entry in entries}
+    assert {"--seed", "--device"} <= {entry.split()[0] for entry in entries}
     assert [entry for entry in entries if "(default: " not in " ".join(entry.split())] == []
 
 
 def test_imports_run_one_way():
     order = [
-        "train0 train sample", "cli", "sampling unified_model", "guidance checkpoint runtime", "data",
-        "model diffusion randomness shapes",
+        "train0 train sample evaluate benchmark shapes_features", "cli", "metrics",
+        "sampling unified_model", "guidance checkpoint runtime", "data", "model diffusion randomness shapes records",
     ]
     rank = {name: i for i, names in enumerate(order) for name in names.split()}
     files = {path.stem: path.read_text().splitlines() for path in ROOT.glob("*.py")}

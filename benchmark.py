@@ -1,0 +1,226 @@
+"""How fast this machine trains and samples, and how near that is to what its arithmetic allows.
+
+    python benchmark.py                                  # the 64-channel network on the best device
+    python benchmark.py --channels 32 --batch_size 32 --modes fp32 bf16
+
+Times, each in float32 eager (contiguous), bf16 (channels_last) and bf16 compiled:
+    teacher_step     forward, backward, Adam and EMA of train0.py
+    generator_turn   of train.py: generate, DM loss, backward, Adam and EMA
+    guidance_turn    of train.py: generate without gradient, fake loss, backward, Adam
+    guidance_floor   the least a guidance turn could take: one generator forward and one training step of fake_unet
+    loop             what a step does beside its network: random numbers, a batch of the dataset, the meter
+    sample_one_step  one evaluation an image
+    sample_heun      18 Heun steps, 35 evaluations an image
+The modes take turns, so that a slow minute of the machine is shared; medians and quartiles of the repeats.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+import cli
+import data
+import diffusion
+import records
+import runtime
+from model import SimpleUNet
+from randomness import StepRandom
+from unified_model import UnifiedModel
+
+MODES = {"fp32": ("fp32", torch.contiguous_format, False), "bf16": ("bf16", torch.channels_last, False),
+         "compiled": ("bf16", torch.channels_last, True)}
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Time the parts of training and sampling.")
+    parser.add_argument("--seed", type=cli.natural, default=0, help="of weights and images")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--channels", type=cli.number(int, 8), default=64, help="of the first level, a multiple of 8")
+    parser.add_argument("--batch_size", type=cli.count, default=64, help="images per step")
+    parser.add_argument("--repeats", type=cli.number(int, 3), default=7, help="timed runs of each part in each mode")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="which to time")
+    parser.add_argument("--out", default="results/benchmark.json", help="the JSON")
+    args = parser.parse_args(argv)
+    args.precision = "auto"
+    if args.channels % 8:
+        parser.error(f"--channels {args.channels} is not a multiple of 8")
+    if Path(args.out).is_dir():
+        parser.error(f"--out {args.out} is a folder")
+    return args
+
+
+def parts(args, device, mode):
+    """name -> function that does the part once, with networks of its own for this mode."""
+    precision, memory_format, compiled = MODES[mode]
+    torch.manual_seed(args.seed)
+    teacher = SimpleUNet(args.channels)
+    for parameter in teacher.parameters():          # a fresh network's zeros would make its arithmetic too easy
+        torch.nn.init.normal_(parameter, std=0.02)
+    model = UnifiedModel(teacher).to(device, memory_format=memory_format)
+    teacher = teacher.to(device, memory_format=memory_format)
+    generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
+    trained = (teacher, generator, fake_unet)
+    optimizers = {net: torch.optim.Adam(net.parameters(), lr=1e-6, fused=True) for net in trained}
+    emas = {net: checkpoint.EMA(net, 0.999) for net in (teacher, generator)}
+    if compiled:
+        for net in (teacher, generator, fake_unet, model.guidance_model.real_unet):
+            net.compile()
+    images = torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8)
+    dataset = data.Dataset(images, torch.arange(10_000) % 10, [str(i) for i in range(10)])
+    batches, meter = data.Batches(dataset, args.batch_size, args.seed, device), runtime.Meter(0, device)
+    rng = StepRandom(args.seed, 0, device)
+    z = rng.normal(args.batch_size, 3, 32, 32).to(memory_format=memory_format)
+    sigma = diffusion.lognormal_sigma(rng.normal(args.batch_size, 1, 1, 1))
+    x_0, labels = batches(0)
+    x_t = (x_0 + sigma * z).to(memory_format=memory_format)
+
+    def update(net, loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        optimizers[net].step()
+        optimizers[net].zero_grad(set_to_none=True)
+        if net in emas:
+            emas[net].update_parameters(net)
+
+    def autocast():
+        return runtime.autocast(device, precision)
+
+    def train(net):
+        with autocast():
+            x0_hat = net(x_t, sigma, labels)
+        update(net, (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean())
+
+    def generator_turn():
+        with autocast():
+            losses, _ = model.generator_turn(model.generate(z, labels), labels, rng)
+        update(generator, losses["loss_dm"])
+
+    def guidance_turn():
+        with autocast():
+            with torch.no_grad():
+                x_gen = model.generate(z, labels)
+            losses, _ = model.guidance_turn(x_gen, labels, rng)
+        update(fake_unet, losses["loss_fake"])
+
+    def guidance_floor():
+        with autocast(), torch.no_grad():
+            generator(z, 80.0, labels)
+        train(fake_unet)
+
+    def loop():
+        step_rng = StepRandom(args.seed, 1, device)
+        step_rng.normal(args.batch_size, 3, 32, 32)
+        data.random_flip(batches(1)[0], step_rng)
+        meter.add(1, loss=sigma[0, 0, 0, 0], grad_norm=sigma[0, 0, 0, 0])
+        meter.read()
+
+    @torch.no_grad()
+    def sample_one_step():
+        with autocast():
+            diffusion.few_step_sample(generator, z, labels, [80.0], None)
+
+    def sample_heun():
+        with autocast():
+            diffusion.heun_sample(teacher, z, labels, 18)
+
+    return dict(
+        teacher_step=lambda: train(teacher), generator_turn=generator_turn, guidance_turn=guidance_turn,
+        guidance_floor=guidance_floor, loop=loop, sample_one_step=sample_one_step, sample_heun=sample_heun,
+    )
+
+
+def timed(function, device):
+    """Milliseconds of one call: by events on CUDA, where the host's clock would only see the launches."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    function()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_memory(function, device):
+    """MiB at the peak of one call: of the GPU, or resident where Linux can tell; else None."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")                               # the peak starts anew
+        function()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10)
+    except OSError:
+        return None
+
+
+def matmul_peak(device, dtype, n=2048):
+    """Measured FLOP/s of a large matrix product, the best of ten."""
+    n = 8192 if device.type == "cuda" else n
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(timed(lambda: a @ b, device) / 1e3 for _ in range(10))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = cli.device(args)
+    start = time.perf_counter()
+    functions = {mode: parts(args, device, mode) for mode in args.modes}
+    names = list(functions[args.modes[0]])
+    flops = {}
+    for name in names:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            parts(args, device, "fp32")[name]()
+        flops[name] = counter.get_total_flops()
+    peak = {mode: matmul_peak(device, torch.float32 if mode == "fp32" else torch.bfloat16) for mode in args.modes}
+
+    times = {(mode, name): [] for mode in args.modes for name in names}
+    memory = {}
+    for mode in args.modes:
+        for name in names:
+            functions[mode][name]()                 # warm-up; compiles
+            memory[mode, name] = peak_memory(functions[mode][name], device)
+    for _ in range(args.repeats):
+        for name in names:
+            for mode in args.modes:
+                times[mode, name].append(timed(functions[mode][name], device))
+
+    table = {}
+    for mode in args.modes:
+        table[mode] = dict(matmul_gflops=round(peak[mode] / 1e9, 1))
+        for name in names:
+            low, median, high = statistics.quantiles(times[mode, name], n=4)
+            table[mode][name] = dict(
+                ms=round(median, 2), quartiles_ms=[round(low, 2), round(high, 2)],
+                images_per_second=round(args.batch_size / median * 1e3, 1), peak_memory_mib=memory[mode, name],
+                fraction_of_matmul=round(flops[name] / (median / 1e3) / peak[mode], 3),
+            )
+        print(f"{mode}: matrix product {peak[mode] / 1e9:.0f} GFLOP/s")
+        for name in names:
+            row = table[mode][name]
+            print(f"  {name:16} {row['ms']:10.2f} ms  {row['images_per_second']:10.1f} images/s  "
+                  f"{100 * row['fraction_of_matmul']:5.1f} % of it  {row['peak_memory_mib']} MiB")
+    report = dict(
+        what="medians and quartiles; modes in turn; fraction of this machine's measured matrix product",
+        channels=args.channels, batch_size=args.batch_size, repeats=args.repeats, seed=args.seed,
+        gflop_per_image={name: round(value / args.batch_size / 1e9, 3) for name, value in flops.items()},
+        modes=table, seconds=round(time.perf_counter() - start, 1),
+    )
+    records.write_json(args.out, report, device)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,148 @@
+"""Measure a checkpoint, or images made elsewhere, against a dataset: FID, KID, Inception Score, precision, recall.
+
+    python evaluate.py                                                   # runs/dmd2 against its teacher's dataset
+    python evaluate.py --checkpoint runs/teacher --num_steps 18
+    python evaluate.py --npz samples.npz --dataset cifar10               # arr_0 uint8 [N, 32, 32, 3]
+    python evaluate.py --images DIR --dataset folder --data_dir REAL
+    python evaluate.py --feature_extractor features.pt2                  # distances in another network's features
+
+Prints a table and writes one JSON with everything needed to do it again. Distances fall with the number of images: only
+those of equal --num_images compare, and below 10,000 the name says how many they were (FID@2048).
+"""
+
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch_fidelity
+
+import checkpoint
+import cli
+import data
+import metrics
+import records
+import runtime
+import sampling
+
+LEAST_IMAGES = 2048                                 # with fewer the covariance of Inception's 2048 features has no rank
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Measure a checkpoint, or images made elsewhere, against a dataset.")
+    cli.add_common(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", default="runs/dmd2", help="run folder or checkpoint of a student or a teacher")
+    source.add_argument("--npz", help="images of arr_0, uint8 [N, 32, 32, 3], with labels in arr_1 if it is there")
+    source.add_argument("--images", help="a folder of images, however deep")
+    cli.add_dataset(parser, "real images, by default those that the checkpoint was trained on", None, None, flip=False)
+    parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
+    parser.add_argument(
+        "--num_images", type=cli.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
+    )
+    parser.add_argument("--batch_size", type=cli.count, default=250, help="images at a time; changes speed only")
+    parser.add_argument("--repeats", type=cli.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
+    parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
+    parser.add_argument(
+        "--guidance_scale", type=cli.natural_float, default=1.0, help="classifier-free guidance of a teacher, 1: none"
+    )
+    cli.add_features(parser)
+    parser.add_argument("--out", default="results/evaluation.json", help="the JSON")
+    args = parser.parse_args(argv)
+    if args.npz or args.images:
+        args.checkpoint = None
+        if args.repeats > 1:
+            parser.error("--repeats needs a checkpoint: the images of --npz and --images are what they are")
+        if args.dataset is None:
+            parser.error("--npz and --images need --dataset, the real images to measure against")
+    folder = Path(args.out).resolve().parent
+    if Path(args.out).is_dir() or (folder.exists() and not os.access(folder, os.W_OK)):
+        parser.error(f"cannot write --out {args.out}")
+    return args
+
+
+def read_npz(path):
+    """Images uint8 [N, 3, 32, 32] and labels [N] or None of a file in the format of openai/guided-diffusion."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["arr_0"], file.get("arr_1")
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+            raise ValueError(f"arr_0 is {images.dtype} {list(images.shape)}, not uint8 [N, 32, 32, 3]")
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise ValueError(f"arr_1 has shape {list(labels.shape)} for {len(images)} images")
+    except Exception as error:                      # numpy, zipfile and zlib have many
+        raise data.DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+
+def read_images(folder):
+    """All images below a folder, by name: uint8 [N, 3, 32, 32]; larger ones are resized as those of a dataset are."""
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    if not paths:
+        raise data.DataError(f"no images in {folder}")
+    with ThreadPoolExecutor() as pool:
+        return torch.from_numpy(np.stack(list(pool.map(data.read_image, paths)))).permute(0, 3, 1, 2).contiguous()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = cli.device(args)
+    state, given = None, None
+    if args.checkpoint:
+        state = checkpoint.load(args.checkpoint)
+        cli.check_guidance(args, state)
+        with cli.restoring(args.checkpoint):
+            sample = sampling.sampler(state, device, args.num_steps, args.guidance_scale, args.compile)
+    else:
+        given, labels = read_npz(args.npz) if args.npz else (read_images(args.images), None)
+        if len(given) < LEAST_IMAGES:
+            raise cli.UsageError(f"{args.npz or args.images} has {len(given)} images: {LEAST_IMAGES} are the least")
+    dataset = cli.dataset(args, state, args.split)
+    if len(dataset.images) < LEAST_IMAGES:
+        raise cli.UsageError(f"the dataset has {len(dataset.images)} images: {LEAST_IMAGES} are the least")
+    extractor = cli.extractor(args, device)
+
+    start = time.perf_counter()
+    real = metrics.reference(dataset.images, extractor, args.cache_dir)
+    runs, making = [], 0.0
+    for seed in range(args.seed, args.seed + args.repeats):
+        if state:
+            labels = torch.arange(args.num_images) % len(state["classes"])          # as many of each class
+            began = time.perf_counter()
+            with runtime.autocast(device, args.precision):
+                given = torch.cat(list(sampling.generate(sample, seed, labels, args.batch_size, device, bar=True)))
+            making += time.perf_counter() - began
+        runs.append(dict(seed=seed, **metrics.distances(given, labels, real, extractor)))
+
+    n = len(given)
+    names = {name: f"{name}@{n}" if n < 10_000 else name for name in runs[0] if name != "seed"}
+    values = {
+        shown: dict(mean=float(np.mean([run[name] for run in runs])), std=float(np.std([run[name] for run in runs])))
+        for name, shown in names.items()
+    }
+    report = dict(
+        metrics=values, runs=runs, num_images=n, feature_extractor=extractor.identity,
+        reference=dict(dataset=args.dataset, split=args.split, images=len(dataset.images)),
+        torch_fidelity=torch_fidelity.__version__, seconds=round(time.perf_counter() - start, 1),
+    )
+    if state:
+        file = checkpoint.find(args.checkpoint)
+        report["checkpoint"] = dict(
+            sha256=hashlib.sha256(file.read_bytes()).hexdigest(), kind=state["kind"], step=state["step"],
+            evaluations=sampling.evaluations(state, args.num_steps), guidance_scale=args.guidance_scale,
+            images_per_second=round(n * args.repeats / making, 1),
+        )
+    records.write_json(args.out, report, device)
+    for name, value in values.items():
+        spread = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
+        print(f"{name.upper():24} {value['mean']:10.4f}{spread}")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,200 @@
+"""How near images are to a dataset: the metrics of torch-fidelity, in the features of Inception or of a given network.
+
+    extractor = inception(device)                    # or exported("features.pt2", device)
+    real = reference(images, extractor, cache_dir)   # features of a dataset, cached on disk by content
+    values = distances(generated, labels, real, extractor)                  # dict: fid, kid, precision, recall, ...
+"""
+
+import hashlib
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+import sampling
+from data import DataError
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+NEIGHBOURS_IMAGES = 10_000                          # KID, precision and recall look at so many images of each set
+KID_SUBSET = 1000
+
+
+class MetricsError(DataError):
+    """The feature network cannot be had; the message is one line that names the file."""
+
+
+class Extractor:
+    """Features of images.
+
+    Args:
+        name: what the distances in these features are called by, "FID" for Inception, else "FD".
+        identity: what tells these features from others, for the cache.
+        network: uint8 [N, 3, 32, 32] -> (features [N, D], logits [N, K] or None).
+    """
+
+    def __init__(self, name, identity, network, device):
+        self.name, self.identity, self.network, self.device = name, identity, network, device
+
+    @torch.no_grad()
+    def __call__(self, images, batch_size=250):
+        """uint8 [N, 3, 32, 32] -> features float32 [N, D] and logits [N, K] or None, on the CPU."""
+        parts = [self.network(batch.to(self.device)) for batch in images.split(batch_size)]
+        features = torch.cat([features.float().cpu() for features, _ in parts])
+        logits = None if parts[0][1] is None else torch.cat([logits.float().cpu() for _, logits in parts])
+        return features, logits
+
+
+def inception(device, path=None):
+    """Inception v3 with the reference TensorFlow weights, as torch-fidelity has it: 2048 features, 1008 logits.
+
+    Args:
+        path: the weights; None: torch-fidelity's own copy, downloaded on first use to torch.hub's folder.
+
+    Raises:
+        MetricsError: the weights are not there and cannot be downloaded, or the file is not what it should be.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+    place = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
+    if not place.exists() and path is None:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place), hash_prefix="6726825d", progress=False)
+        except Exception as error:                  # urllib's many
+            raise MetricsError(
+                f"the weights of Inception could not be downloaded ({error}): put {URL_INCEPTION_V3} at {place}, "
+                "or give --feature_extractor FILE.pt2"
+            ) from error
+    try:                                            # torch-fidelity would unpickle anything: look first
+        torch.load(place, map_location="cpu", weights_only=True)
+        network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], str(place)).to(device)
+    except Exception as error:
+        raise MetricsError(f"{place} does not hold the weights of Inception: {str(error).splitlines()[0]}") from error
+    return Extractor("FID", INCEPTION, network, device)
+
+
+def exported(path, device):
+    """A feature network saved by torch.export: uint8 [N, 3, 32, 32] -> features [N, D], or (features, logits [N, K]).
+
+    Such a file is a program: take it from people you trust. Files with pickled objects inside are refused.
+
+    Raises:
+        MetricsError: it is not there, no such program, or takes or gives something else.
+    """
+    try:
+        content = Path(path).read_bytes()
+        refuse_pickles(content)
+        program = torch.export.load(io.BytesIO(content)).module().to(device)
+        out = program(torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=device))
+        features, logits = out if isinstance(out, tuple | list) else (out, None)
+        if features.ndim != 2 or len(features) != 4 or (logits is not None and logits.ndim != 2):
+            raise ValueError("it does not give features [N, D] or (features, logits [N, K])")
+    except OSError as error:
+        raise MetricsError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:                      # any layer of the reader, or the program itself
+        raise MetricsError(f"{path} is no feature network of torch.export: {str(error).splitlines()[0]}") from error
+    network = program if logits is not None else lambda images: (program(images), None)
+    return Extractor("FD", hashlib.sha256(content).hexdigest(), network, device)
+
+
+def refuse_pickles(content):
+    """Raises ValueError where torch.export.load would unpickle what a program may have been put into."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = archive.namelist()
+        if not any(name.endswith("/archive_format") for name in names):
+            raise ValueError("not saved by torch >= 2.9")
+        for name in names:
+            if name.endswith("_config.json") and '"use_pickle": true' in archive.read(name).decode():
+                raise ValueError("it holds pickled objects")
+            if "/sample_inputs/" in name:
+                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+
+
+def some(features, seed=0):
+    """At most NEIGHBOURS_IMAGES of the rows, drawn without order kept."""
+    if len(features) <= NEIGHBOURS_IMAGES:
+        return features
+    return features[np.random.default_rng(seed).permutation(len(features))[:NEIGHBOURS_IMAGES]]
+
+
+def summary(features):
+    """What the distances need of a set: mu [D] and sigma [D, D] of all features, float64, and some of the features."""
+    return dict(fid_features_to_statistics(features.double()), features=some(features), n=len(features))
+
+
+def reference(images, extractor, cache_dir):
+    """summary() of a dataset's images, uint8 [N, 3, 32, 32], read from cache_dir if these images were there before."""
+    digest = hashlib.sha256(extractor.identity.encode())
+    digest.update(images.contiguous().numpy())
+    path = Path(cache_dir).expanduser() / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file, features=torch.from_numpy(file["features"]), n=int(file["n"]))
+    except Exception:                               # not there yet, or damaged: made anew
+        real = summary(extractor(images)[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **dict(real, features=real["features"].numpy()))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return real
+
+
+def distances(images, labels, real, extractor):
+    """Metrics of generated images against a reference.
+
+    Args:
+        images: uint8 [N, 3, 32, 32].
+        labels: the classes they were generated for, [N], or None.
+        real: the dataset's summary().
+
+    Returns:
+        a dict of floats: fid or fd (Frechet distance), kid (mean of 100 subsets), precision, recall; for Inception the
+        inception_score; for a classifier's logits the class_accuracy.
+    """
+    features, logits = extractor(images)
+    generated = summary(features)
+    values = {extractor.name.lower(): fid_statistics_to_metric(generated, real, verbose=False)[KEY_METRIC_FID]}
+    one, two = generated["features"], real["features"]
+    subset = min(KID_SUBSET, len(one), len(two))
+    kid = kid_features_to_metric(one, two, kid_subset_size=subset, verbose=False)
+    values["kid"] = kid["kernel_inception_distance_mean"]
+    neighbours = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    values.update(precision=neighbours["precision"], recall=neighbours["recall"])
+    if extractor.name == "FID":
+        values["inception_score"] = isc_features_to_metric(logits)["inception_score_mean"]
+    elif logits is not None and labels is not None:
+        values["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+    return values
+
+
+class Validation:
+    """Measures a network while it is trained: always the same noise, as many images of each class.
+
+    Args:
+        dataset: the real images.
+        num_images: generated ones per measurement; fewer than evaluate.py's least are for following one run only.
+    """
+
+    def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
+        self.extractor, self.seed, self.device = extractor, seed, device
+        self.labels = torch.arange(num_images) % len(dataset.classes)
+        self.real = reference(dataset.images, extractor, cache_dir)
+        self.key = f"{extractor.name.lower()}@{num_images}"
+
+    def __call__(self, sample):
+        """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""
+        images = torch.cat(list(sampling.generate(sample, self.seed, self.labels, 250, self.device)))
+        values = distances(images, self.labels, self.real, self.extractor)
+        return {f"{name}@{len(images)}": value for name, value in values.items()}

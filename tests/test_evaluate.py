@@ -1,0 +1,266 @@
+"""evaluate.py and metrics.py against known answers and against torch-fidelity's own entry point."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import call, teacher_flags
+from PIL import Image
+from torch import nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+import evaluate
+import metrics
+import shapes
+import shapes_features
+import train0
+
+N = 2048
+
+
+class Features(nn.Module):
+    """Fixed random features of 8 numbers, and the red, green and blue means as logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 8, stride=8)
+
+    def forward(self, images):
+        x = images.float() / 255
+        return self.conv(x).tanh().mean((2, 3)), x.mean((2, 3))
+
+
+def export(path, network, example=None):
+    example = torch.zeros(4, 3, 32, 32, dtype=torch.uint8) if example is None else example
+    batch = ({0: torch.export.Dim("n")},)
+    torch.export.save(torch.export.export(network.eval(), (example,), dynamic_shapes=batch), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    torch.manual_seed(1)
+    return export(tmp_path_factory.mktemp("features") / "features.pt2", Features())
+
+
+@pytest.fixture(scope="module")
+def extractor(features):
+    return metrics.exported(features, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    images, labels = shapes.draw(2 * N, seed=7)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+@pytest.fixture
+def flags(features, tmp_path):
+    """Flags that keep a call within tmp_path."""
+    return ["--feature_extractor", features, "--cache_dir", str(tmp_path / "cache"), "--device", "cpu"]
+
+
+def write_npz(path, images, labels=None):
+    arrays = [images.permute(0, 2, 3, 1).numpy()] + ([] if labels is None else [labels.numpy()])
+    np.savez(path, *arrays)
+    return str(path)
+
+
+def test_a_set_is_at_no_distance_from_itself_and_a_fresh_half_is_near(drawn, extractor):
+    images, labels = drawn
+    real = metrics.summary(extractor(images[:N])[0])
+    same = metrics.distances(images[:N], labels[:N], real, extractor)
+    assert same["fd"] == pytest.approx(0, abs=1e-7) and same["precision"] == same["recall"] == 1
+    half = metrics.distances(images[N:], labels[N:], real, extractor)
+    noise = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8)
+    far = metrics.distances(noise, None, real, extractor)
+    assert 0 < half["fd"] < 0.01 * far["fd"] and abs(half["kid"]) < 0.01 * far["kid"] and far["precision"] == 0
+    assert "class_accuracy" in half and "class_accuracy" not in far
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form():
+    # |mu_1 - mu_2|^2 + sum((s_1 - s_2)^2) for diagonal covariances
+    rng = np.random.default_rng(0)
+    one, two = rng.standard_normal((2, 100_000, 2)) * [[[1.0, 2.0]], [[3.0, 0.5]]] + [[[0, 0]], [[1, -1]]]
+    identity = metrics.Extractor("FD", "", lambda images: (images, None), "cpu")
+    real = metrics.summary(torch.from_numpy(two[:, :]))
+    fd = metrics.fid_statistics_to_metric(metrics.summary(torch.from_numpy(one)), real, verbose=False)
+    assert fd[metrics.KEY_METRIC_FID] == pytest.approx(2 + (1 - 3) ** 2 + (2 - 0.5) ** 2, rel=0.02)
+    assert len(real["features"]) == metrics.NEIGHBOURS_IMAGES and real["n"] == 100_000 and identity.name == "FD"
+
+
+def test_class_accuracy_counts_the_wanted_classes(extractor):
+    images = torch.zeros(N, 3, 32, 32, dtype=torch.uint8)
+    wanted = torch.arange(N) % 3
+    images[torch.arange(N), wanted] = 200           # logits are the means of the channels
+    images[:, :, 0, 0] = torch.randint(0, 9, (N, 3), dtype=torch.uint8)             # so that no two are the same
+    real = metrics.summary(extractor(images)[0])
+    assert metrics.distances(images, wanted, real, extractor)["class_accuracy"] == 1
+    asked = (wanted + (torch.arange(N) < N / 4)) % 3                                # a quarter asked for another class
+    assert metrics.distances(images, asked, real, extractor)["class_accuracy"] == 0.75
+
+
+def test_torch_fidelitys_own_command_agrees(drawn, extractor, tmp_path, flags):
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("features",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "features"
+
+        def forward(self, images):
+            return (extractor.network(images)[0],)
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images = images
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, i):
+            return self.images[i]
+
+    images, _ = drawn
+    one = (images[:N].float() * 0.8 + 20).to(torch.uint8)                           # near, but not the same
+    torch_fidelity.register_feature_extractor("of-this-test", Registered)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(one), input2=Images(images[N:]), feature_extractor="of-this-test", fid=True, kid=True, prc=True,
+        cuda=False, cache=False, verbose=False, save_cpu_ram=True,
+    )
+    ours = metrics.distances(one, None, metrics.summary(extractor(images[N:])[0]), extractor)
+    assert ours["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
+
+
+def test_the_same_npz_gives_the_same_numbers_twice_and_the_report_says_what_was_done(drawn, tmp_path, flags, capsys):
+    npz = write_npz(tmp_path / "images.npz", drawn[0][:N], drawn[1][:N])
+    reports = []
+    for name in ("a", "b"):
+        out = str(tmp_path / "results" / f"{name}.json")
+        assert call(evaluate, "--npz", npz, "--dataset", "shapes", "--out", out, *flags) == 0
+        reports.append(json.loads(Path(out).read_text()))
+        assert len(os.listdir(tmp_path / "cache")) == 1             # the second time the dataset comes from there
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert set(reports[0]["metrics"]) == {f"{m}@{N}" for m in ("fd", "kid", "precision", "recall", "class_accuracy")}
+    assert f"FD@{N}" in capsys.readouterr().out
+    report = reports[0]
+    assert report["num_images"] == N and report["reference"] == dict(dataset="shapes", split="train", images=20000)
+    assert {"command", "git", "hardware", "versions", "seconds", "feature_extractor"} <= set(report)
+
+
+def test_a_damaged_cache_is_made_anew(drawn, extractor, tmp_path):
+    first = metrics.reference(drawn[0], extractor, tmp_path)
+    (file,) = tmp_path.iterdir()
+    for damage in (b"", file.read_bytes()[:-300]):
+        file.write_bytes(damage)
+        again = metrics.reference(drawn[0], extractor, tmp_path)
+        assert np.array_equal(first["sigma"], again["sigma"]) and torch.equal(first["features"], again["features"])
+    other = metrics.reference(drawn[0][:N], extractor, tmp_path)
+    assert other["n"] == N and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_path, flags):
+    run, out = str(tmp_path / "run"), str(tmp_path / "out.json")
+    tiny = ["--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
+    assert call(train0, "--dataset", "shapes", "--run_dir", run, *tiny) == 0
+    few = ["--num_steps", "1", "--num_images", str(N), "--repeats", "2"]
+    assert call(evaluate, "--checkpoint", run, "--out", out, *few, *flags) == 0
+    report = json.loads(Path(out).read_text())
+    assert [r["seed"] for r in report["runs"]] == [0, 1] and report["runs"][0]["fd"] != report["runs"][1]["fd"]
+    values = [r["fd"] for r in report["runs"]]
+    assert report["metrics"][f"fd@{N}"] == dict(mean=np.mean(values), std=np.std(values))
+    assert report["checkpoint"]["evaluations"] == 1 and report["checkpoint"]["step"] == 1
+    assert len(report["checkpoint"]["sha256"]) == 64
+
+
+def test_a_folder_of_images_is_measured(drawn, tmp_path, flags):
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for i, image in enumerate(drawn[0][:N].permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / "images" / "deep" / f"{i:05d}.png", compress_level=0)
+    npz, values = write_npz(tmp_path / "images.npz", drawn[0][:N]), []
+    for source in (["--images", str(tmp_path / "images")], ["--npz", npz]):
+        assert call(evaluate, *source, "--dataset", "shapes", "--out", str(tmp_path / "x.json"), *flags) == 0
+        values.append(json.loads((tmp_path / "x.json").read_text())["metrics"])
+    assert values[0] == values[1]
+
+
+def pickled(path, source):
+    """A copy of an exported program whose sample inputs are a pickle that would make the file PWNED."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(path) + "_PWNED",)
+
+    buffer = io.BytesIO()
+    torch.save(Evil(), buffer, pickle_module=pickle)
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, buffer.getvalue() if "sample_inputs" in name else old.read(name))
+    return str(path)
+
+
+def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, capsys, drawn, tree, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    few = write_npz(tmp_path / "few.npz", drawn[0][:100])
+    np.savez(tmp_path / "shape.npz", np.zeros((3000, 32, 32), np.uint8))
+    np.savez(tmp_path / "pickle.npz", np.array([{}], dtype=object))
+    enough = write_npz(tmp_path / "enough.npz", drawn[0][:N])
+    wide = export(tmp_path / "wide.pt2", nn.Conv2d(3, 1, 3), torch.zeros(4, 3, 32, 32))
+    evil = pickled(tmp_path / "evil.pt2", features)
+    shapes_flag, basic = ["--dataset", "shapes"], flags[2:]
+    assert call(train0, *teacher_flags(tree), "--run_dir", "run", "--steps", "1") == 0
+    wrong = [
+        (["--checkpoint", "no_such_run", *flags], "no_such_run"),
+        (["--checkpoint", "run", "--num_images", "2047", *flags], "2048"),
+        (["--checkpoint", "run", *flags], "the dataset has"),
+        (["--checkpoint", "run", "--guidance_scale", "2", *flags], "--label_dropout"),
+        (["--npz", few, *shapes_flag, *flags], "2048"),
+        (["--npz", few, *flags], "--dataset"),
+        (["--npz", enough, *shapes_flag, "--repeats", "2", *flags], "--repeats"),
+        (["--npz", str(tmp_path / "shape.npz"), *shapes_flag, *flags], "shape.npz"),
+        (["--npz", str(tmp_path / "pickle.npz"), *shapes_flag, *flags], "pickle.npz"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", "no.pt2"], "no.pt2"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", few], "few.npz"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", wide], "wide.pt2"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", evil], "evil.pt2"),
+        (["--npz", enough, *shapes_flag, *basic], "put https://"),
+        (["--npz", enough, *shapes_flag, *basic, "--inception_weights", few], "few.npz does not hold"),
+        (["--images", str(tmp_path / "hub"), *shapes_flag, *flags], "no images"),
+    ]
+    capsys.readouterr()
+    for argv, said in wrong:
+        assert call(evaluate, *argv, "--out", "x.json") == 2, argv
+        err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+        assert len(err) == 1 and said in err[0], (argv, err)
+    assert not os.path.exists(tmp_path / "x.json") and not [p for p in os.listdir(tmp_path) if "PWNED" in p]
+
+
+def unreachable(*args, **kwargs):
+    raise OSError("no network")
+
+
+def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsys):
+    out = str(tmp_path / "shapes.pt2")
+    assert call(shapes_features, "--num_images", "1500", "--epochs", "3", "--out", out) == 0
+    accuracy = float(capsys.readouterr().out.split(": ")[1].split(" %")[0])
+    assert accuracy > 60                            # of ten classes, after 45 steps
+    extractor = metrics.exported(out, torch.device("cpu"))
+    features, logits = extractor(torch.from_numpy(shapes.draw(30, 3)[0]))
+    assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
+
+
