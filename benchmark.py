@@ -215,7 +215,7 @@ def main(argv=None):
     report = dict(
         what="medians and quartiles; modes in turn; fraction of this machine's measured matrix product",
         channels=args.channels, batch_size=args.batch_size, repeats=args.repeats, seed=args.seed,
-        gflop_per_image={name: round(value / args.batch_size / 1e9, 3) for name, value in flops.items()},
+        gflop_per_image={name: round(value / args.batch_size / 1e9, 6) for name, value in flops.items()},
         modes=table, seconds=round(time.perf_counter() - start, 1),
     )
     records.write_json(args.out, report, device)

@@ -17,7 +17,7 @@ from model import SimpleUNet
 FORMAT = "dmd2 checkpoint 1"
 NAME = "checkpoint.pt"
 KEYS = ("step", "model_config", "model_ema", "classes", "sigma_min", "sigma_max")
-KINDS = {"teacher": (*KEYS, "label_dropout"), "student": (*KEYS, "denoising_sigmas")}
+KINDS = {"teacher": KEYS, "student": (*KEYS, "denoising_sigmas")}
 
 
 class CheckpointError(Exception):

@@ -16,7 +16,7 @@ import data
 import diffusion
 from checkpoint import CheckpointError
 from data import DATASETS, DataError
-from runtime import NonFiniteError, pick_device
+from runtime import NonFiniteError, RunInUseError, pick_device
 
 
 class UsageError(Exception):
@@ -224,7 +224,7 @@ def run(main):
     script = Path(sys.argv[0]).name
     try:
         sys.exit(main())
-    except (UsageError, CheckpointError, DataError) as error:
+    except (UsageError, CheckpointError, DataError, RunInUseError) as error:
         code, line = 2, error
     except (NonFiniteError, OSError) as error:
         code, line = 1, error

@@ -7,6 +7,7 @@
 A whole 32x32 dataset is small (CIFAR-10: 150 MB as uint8), so it lives on the device and needs no loader workers.
 """
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,13 @@ def load(name, data_dir="data", split="train"):
 
 
 def load_cifar10(root, split):
+    absent = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         cifar = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
     except Exception as error:                      # torchvision raises whatever urllib, tarfile and pickle do
+        for folder in absent:                       # made for a download that did not come
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         reason = " ".join(str(error).split())
         raise DataError(
             f"CIFAR-10 is not complete in {root} and could not be downloaded ({reason}); either put "

@@ -11,13 +11,13 @@ With gan=True also
 
 import contextlib
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, guided, karras_sigmas, karras_weight
+from model import group_norm
 from randomness import StepRandom
 
 
@@ -44,10 +44,9 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        groups = math.gcd(32, channels)
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU(),
-            nn.Conv2d(channels, channels, 2), nn.GroupNorm(groups, channels), nn.SiLU(),
+            nn.Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU(),
+            nn.Conv2d(channels, channels, 2), group_norm(channels), nn.SiLU(),
             nn.Conv2d(channels, 1, 1),
         )
 

@@ -1,9 +1,11 @@
 """Where and how a script runs: device, precision, stop signals, and the run folder with its logs."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
+import platform
 import resource
 import signal
 import sys
@@ -139,12 +141,30 @@ def peak_memory_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+class RunInUseError(Exception):
+    """Another process writes to the run folder; the message names both."""
+
+
 class RunFolder:
-    """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png."""
+    """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png.
+
+    Raises:
+        RunInUseError: another process is at work on this folder.
+        OSError: the folder cannot be made or written.
+    """
 
     def __init__(self, path, start_step, fresh):
         self.path = Path(path)
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / "lock", "a+")  # noqa: SIM115  held, and given back by the kernel if we are killed
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.seek(0)
+            raise RunInUseError(f"{path} is being written by {self.lock.read().strip()}") from error
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
+        self.lock.flush()
         self.log_path = self.path / "log.jsonl"
         old = ["checkpoint.pt.tmp", "log.jsonl.tmp"]                                # of a save that was killed
         if fresh:                                   # checkpoint.pt itself stands until the first save replaces it
@@ -186,6 +206,7 @@ class RunFolder:
     def close(self):
         with self.writing():
             self.board.close()
+        self.lock.close()
 
 
 def json_step(line):

@@ -24,10 +24,10 @@ from randomness import StepRandom, image_noise
 PRESETS = {
     # The ten figures of `shapes`, in minutes on 2 CPU cores.
     "demo": dict(
-        dataset="shapes", channels=32, batch_size=32, steps=1200, lr=2e-3, ema_decay=0.995,
+        dataset="shapes", channels=16, batch_size=32, steps=1800, lr=3e-3, ema_decay=0.998,
         # Flat figures are decided at higher noise than photographs: at the default -1.2 and 1.2 they stay motley.
         p_mean=0.3, p_std=1.5,
-        log_every=20, sample_every=600, save_every=300,
+        log_every=20, sample_every=900, save_every=500,
     ),
 }
 # Two steps can follow one another only if these stay as they were.

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -107,12 +109,14 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 
 def test_cifar10_without_a_download_tells_the_alternatives(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
+    def no_network(url, root, **kwargs):
+        Path(root).mkdir(parents=True)              # as torchvision does before it asks
         raise OSError("no network")
 
     monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
     with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz.*--dataset folder.*--dataset shapes"):
-        data.load("cifar10", tmp_path)
+        data.load("cifar10", tmp_path / "new" / "data")
+    assert not any(tmp_path.iterdir())              # no empty folder is left behind
 
 
 def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+import data
 import evaluate
 import metrics
 import shapes
@@ -59,6 +60,12 @@ def extractor(features):
 def drawn():
     images, labels = shapes.draw(2 * N, seed=7)
     return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """The whole dataset takes seconds to draw."""
+    monkeypatch.setattr(data, "SHAPES_TRAIN_IMAGES", 2500)
 
 
 @pytest.fixture
@@ -158,7 +165,7 @@ def test_the_same_npz_gives_the_same_numbers_twice_and_the_report_says_what_was_
     assert set(reports[0]["metrics"]) == {f"{m}@{N}" for m in ("fd", "kid", "precision", "recall", "class_accuracy")}
     assert f"FD@{N}" in capsys.readouterr().out
     report = reports[0]
-    assert report["num_images"] == N and report["reference"] == dict(dataset="shapes", split="train", images=20000)
+    assert report["num_images"] == N and report["reference"] == dict(dataset="shapes", split="train", images=2500)
     assert {"command", "git", "hardware", "versions", "seconds", "feature_extractor"} <= set(report)
 
 

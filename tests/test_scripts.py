@@ -248,6 +248,28 @@ def test_max_minutes_saves_and_stops(tmp_path, tree):
     assert 0 < checkpoint.load(run)["step"] < 100000
 
 
+def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
+    run = str(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
+    before = {path: read(path) for path in tmp_path.rglob("*") if path.is_file()}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import runtime, time; r = runtime.RunFolder({run!r}, 2, False); print(1, flush=True); "
+         "time.sleep(600)"], cwd=ROOT, stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout.readline() == b"1\n"
+        for flags in (["--resume"], ["--overwrite", *teacher_flags(tree)]):
+            capsys.readouterr()
+            assert call(train0, "--run_dir", run, "--steps", "4", "--device", "cpu", *flags) == 2
+            assert f"process {holder.pid} on " in capsys.readouterr().err
+        kept = {path for path in before if path.name != "lock"}
+        assert all(read(path) == before[path] for path in kept)
+    finally:
+        holder.kill()                               # the kernel gives the lock back
+        holder.wait()
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(tmp_path, tree, capsys):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
