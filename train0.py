@@ -78,7 +78,7 @@ def main(argv=None):
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    best = state["best"] if state else dict(distance=math.inf, step=0)
+    best = (state or {}).get("best", dict(distance=math.inf, step=0))
     meter, fresh = runtime.Meter(step, device, state and state["meter"]), state is None
     del state                                       # several times the size of the network
     if args.compile:

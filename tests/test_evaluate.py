@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import call, teacher_flags
+from conftest import TINY, call, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+import checkpoint
 import data
 import evaluate
 import metrics
 import shapes
 import shapes_features
+import train
 import train0
 
 N = 2048
@@ -271,3 +273,18 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
 
 
+
+
+def test_training_measures_itself_and_keeps_the_best(tmp_path, tree, features):
+    evaluation = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features]
+    evaluation += ["--cache_dir", str(tmp_path / "cache"), "--steps", "5"]
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert call(train0, *teacher_flags(tree), "--run_dir", a, *evaluation) == 0
+    assert call(train, "--teacher", a, "--run_dir", b, "--generator_lr", "1e-2", *TINY, *evaluation) == 0
+    for run in (a, b):
+        rows = [json.loads(line) for line in Path(f"{run}/log.jsonl").read_text().splitlines()]
+        distance = {row["step"]: row["fd@64"] for row in rows if "fd@64" in row}
+        assert list(distance) == [2, 4, 5]
+        best, last = checkpoint.load(f"{run}/best.pt"), checkpoint.load(run)
+        assert best["step"] == min(distance, key=distance.get) and last["step"] == 5
+        assert best["best"] == last["best"] == dict(step=best["step"], distance=distance[best["step"]])
