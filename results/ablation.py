@@ -20,19 +20,19 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {
-    "shapes": ["--preset", "demo", "--steps", "800"],
+    "shapes": ["--preset", "demo", "--steps", "400"],
     "cifar10_jpeg": [
         "--steps", "400", "--batch_size", "64", "--dfake_gen_update_ratio", "2", "--generator_lr", "2e-4",
         "--guidance_lr", "1e-3", "--ema_decay", "0.97", "--lr_schedule", "cosine", "--conditioning_sigma", "3",
     ],
 }
-GAN = ["--gen_cls_loss_weight", "3e-2"]
+GAN = ["--gen_cls_loss_weight", "3e-2", "--diffusion_gan_max_timestep", "600"]
 ROWS = [                                            # name, flags, seeds
     ("DM loss alone (the seed's)", ["--gen_cls_loss_weight", "0"], (0, 1, 2)),
     ("+ GAN", GAN, (0, 1, 2)),
     ("+ GAN, 2 steps", [*GAN, "--num_denoising_steps", "2"], (0,)),
     ("+ GAN, 4 steps", [*GAN, "--num_denoising_steps", "4"], (0,)),
-    ("+ GAN, forward KL", [*GAN, "--f_div", "kl"], (0,)),
+    ("+ GAN, forward KL", [*GAN[:2], "--f_div", "kl", "--diffusion_gan_max_timestep", "1000"], (0,)),
 ]
 
 
@@ -56,7 +56,7 @@ def main():
     parser.add_argument("name", choices=list(SETTINGS))
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--feature_extractor", required=True)
-    parser.add_argument("--num_images", type=int, default=10_000)
+    parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--teacher_images", type=int, help="fewer for the teacher's 35 evaluations; default the same")
     args = parser.parse_args()
     work = Path("runs") / "ablation" / args.name
