@@ -181,13 +181,18 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
     return args, state
 
 
+def name_dataset(args, state):
+    """Fill in --dataset and --data_dir, where they are not given, with what the checkpoint's network was trained on."""
+    known = state.get("settings", {}) if state else {}
+    args.dataset = args.dataset or known.get("dataset")
+    args.data_dir = args.data_dir or known.get("data_dir") or "data"
+
+
 def dataset(args, state=None, split="train"):
     """The dataset of --dataset, or where that is not given what the checkpoint's network was trained on."""
-    known = state.get("settings", {}) if state else {}
-    if args.dataset is None and known.get("dataset") is None:
+    name_dataset(args, state)
+    if args.dataset is None:
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
-    args.dataset = args.dataset or known["dataset"]
-    args.data_dir = args.data_dir or known.get("data_dir") or "data"
     loaded = data.load(args.dataset, args.data_dir, split)
     if state and loaded.classes != state["classes"]:
         raise UsageError(f"the classes of --dataset {args.dataset} are not those of the checkpoint")

@@ -118,6 +118,7 @@ def main(argv=None):
     gan = args.gen_cls_loss_weight > 0
     if not fresh and gan != (source["settings"].get("gen_cls_loss_weight", 0) > 0):
         raise cli.UsageError("--gen_cls_loss_weight cannot turn the GAN on or off in a resumed run")
+    cli.name_dataset(args, source)                  # evaluate.py takes it from the student, with or without a GAN
     dataset = cli.dataset(args, source) if gan or args.eval_every else None
     torch.manual_seed(args.seed)                    # for cls_head; the rest starts from the teacher
     model = UnifiedModel(
@@ -181,6 +182,7 @@ def main(argv=None):
         teacher = diffusion.guided(guidance.real_unet, args.guidance_scale)
         teacher_grid = diffusion.heun_sample(teacher, grid_noise(0), grid_labels, 18, args.sigma_min, args.sigma_max)
     if args.compile:                                # after the grid, whose batch has another size
+        torch._dynamo.config.recompile_limit = 32   # three networks share one forward, each with and without gradient
         for network in (generator, guidance.fake_unet, guidance.real_unet):
             network.compile()
 

@@ -32,7 +32,6 @@ ROWS = [                                            # name, flags, seeds
     ("+ GAN", GAN, (0, 1, 2)),
     ("+ GAN, 2 steps", [*GAN, "--num_denoising_steps", "2"], (0,)),
     ("+ GAN, 4 steps", [*GAN, "--num_denoising_steps", "4"], (0,)),
-    ("+ GAN, forward KL", [*GAN[:2], "--f_div", "kl", "--diffusion_gan_max_timestep", "1000"], (0,)),
 ]
 
 

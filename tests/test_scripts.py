@@ -173,7 +173,8 @@ def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher
     asked, load = [], train.data.load
     monkeypatch.setattr(train.data, "load", lambda *args: asked.append(args) or load(*args))
     flags = ["--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--steps", "4", *TINY]
-    assert call(train, *flags) == 0 and asked == []                 # without a GAN no dataset is looked at
+    assert call(train, *flags) == 0 and asked == []                 # without a GAN no dataset is looked at,
+    assert checkpoint.load(f"{tmp_path}/b")["settings"]["dataset"] == "folder"      # but evaluate.py will want to know
     assert call(train, *flags, "--gen_cls_loss_weight", "3e-3", "--overwrite") == 0
     assert asked == [("folder", tree, "train")]
     rows = [json.loads(line) for line in read(f"{tmp_path}/b/log.jsonl").splitlines()]
