@@ -83,6 +83,8 @@ def load(path, kind=None):
         raise CheckpointError(f"{file} is damaged: checksum of {damaged} does not match")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a checkpoint of this project ({FORMAT})")
+    if "conditioning_sigma" in state:               # a student saved before there were several steps
+        state.setdefault("denoising_sigmas", [state["conditioning_sigma"]])
     if state.get("kind") not in KINDS or any(key not in state for key in KINDS[state["kind"]]):
         raise CheckpointError(f"{file} is incomplete")
     if kind and state["kind"] != kind:

@@ -84,20 +84,27 @@ def main():
 
     head = ["", "seeds", "images", "FD", "class accuracy", "precision", "recall", "minutes", "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    summary = {}
     for title, reports in results.items():
-        def mean(name, reports=reports, digits=2, scale=1):
+        row = summary[title] = {}
+
+        def mean(name, reports=reports, row=row, digits=2, scale=1):
             values = [scale * report["runs"][0][name] for report in reports]
+            row[name] = dict(
+                mean=statistics.mean(values), std=statistics.stdev(values) if len(values) > 1 else None
+            )
             spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             return f"{statistics.mean(values):.{digits}f}{spread}"
 
         minutes = [r["training_minutes"] for r in reports if "training_minutes" in r]
+        row["minutes"] = statistics.mean(minutes) if minutes else None
         lines.append(" | ".join([
             f"| {title}", ", ".join(str(r["runs"][0]["seed"]) for r in reports),
             str(reports[0]["num_images"]), mean("fd"),
             mean("class_accuracy", digits=1, scale=100) + " %", mean("precision"), mean("recall"),
             f"{statistics.mean(minutes):.1f}" if minutes else "", f"`{reports[0].get('training_command', '')}` |",
         ]))
-    stamp = dict(when=time.strftime("%Y-%m-%d"), rows=results)
+    stamp = dict(when=time.strftime("%Y-%m-%d"), summary=summary, rows=results)
     (HERE / f"ablation_{args.name}.json").write_text(json.dumps(stamp, indent=1) + "\n")
     (HERE / f"ablation_{args.name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -106,3 +106,8 @@ def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
         expected = decay * expected + (1 - decay) * (n % 7)
     assert ema.module.weight.item() == pytest.approx(expected, rel=1e-4)
     assert not ema.module.weight.requires_grad
+
+
+def test_a_student_of_one_step_saved_before_there_were_several_still_loads(tmp_path):
+    checkpoint.save(tmp_path / "old.pt", dict(teacher_state(), kind="student", conditioning_sigma=80.0))
+    assert checkpoint.load(tmp_path / "old.pt", kind="student")["denoising_sigmas"] == [80.0]
