@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+import distributed
 from model import SimpleUNet
 
 FORMAT = "dmd2 checkpoint 1"
@@ -24,8 +25,11 @@ class CheckpointError(Exception):
     """There is no usable checkpoint; the message is one line that names the file."""
 
 
+@distributed.main_only
 def save(path, state):
     """Write state to path so that a kill at any instant leaves either the old file or the new one, whole.
+
+    Of several processes one writes; the others only have to make the same state.
 
     Raises:
         OSError: it could not be written (a full disk, say); the old file stands.

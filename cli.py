@@ -14,8 +14,10 @@ import torch
 import checkpoint
 import data
 import diffusion
+import distributed
 from checkpoint import CheckpointError
 from data import DATASETS, DataError
+from distributed import OutOfStepError
 from runtime import NonFiniteError, RunInUseError, pick_device
 
 
@@ -174,6 +176,8 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
     args = parser.parse_args(argv)
     if args.sigma_min >= args.sigma_max:
         raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
+    if args.batch_size % distributed.WORLD:
+        raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {distributed.WORLD} processes")
     for name in fixed if state else ():
         if getattr(args, name) != state["settings"].get(name):
             saved = state["settings"].get(name)
@@ -208,10 +212,13 @@ def check_guidance(args, state):
 
 
 def device(args):
+    """The device of --device, once all processes of a run are there: what they check before is not yet changed."""
     try:
-        return pick_device(args.device, args.precision)
+        picked = pick_device(args.device, args.precision)
     except ValueError as error:
         raise UsageError(f"--device: {error}") from error
+    distributed.start()
+    return picked
 
 
 @contextlib.contextmanager
@@ -228,17 +235,26 @@ def run(main):
     """Call a script's main() and turn what a user can cause into one line and an exit code."""
     script = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        main()
+        distributed.finish()
+        sys.exit()
     except (UsageError, CheckpointError, DataError, RunInUseError) as error:
         code, line = 2, error
-    except (NonFiniteError, OSError) as error:
+    except (NonFiniteError, OutOfStepError, OSError) as error:
         code, line = 1, error
     except KeyboardInterrupt:                       # before the loop, which has its own way to stop
         code, line = 1, "interrupted"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        code, reason = 1, str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            line = f"out of memory, try a smaller --batch_size: {reason}"
+        elif distributed.lost(error):
+            line = f"another process of this run has ended; the last checkpoint stands ({reason})"
+        else:
             raise
-        code, line = 1, f"out of memory, try a smaller --batch_size: {str(error).splitlines()[0]}"
-    below_the_bar = "\n" if code == 1 else ""
-    print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr)
+    if distributed.WORLD > 1 and code == 1:         # a wrong call is the same line for all: once a host is enough
+        line = f"process {distributed.RANK} of {distributed.WORLD}: {line}"
+    if code == 1 or distributed.LOCAL_RANK == 0:
+        below_the_bar = "\n" if code == 1 else ""
+        print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)

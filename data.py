@@ -122,13 +122,15 @@ def random_flip(images, rng):
 class Batches:
     """An endless stream of shuffled epochs, cut into batches; batches(step) depends on (seed, step) alone.
 
-    So a resumed run needs no data position beside its step, and no step reads an image twice within an epoch.
+    So a resumed run needs no data position beside its step, and no step reads an image twice within an epoch. Of
+    several processes (world) each takes its share (rank) of every batch.
     """
 
-    def __init__(self, dataset, batch_size, seed, device):
+    def __init__(self, dataset, batch_size, seed, device, rank=0, world=1):
         self.images = dataset.images.to(device)
         self.labels = dataset.labels.to(device)
         self.batch_size, self.seed = batch_size, seed
+        self.mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.orders = {}                            # epoch -> permutation; only the epochs in use
 
     def order(self, epoch):
@@ -139,11 +141,11 @@ class Batches:
         return self.orders[epoch]
 
     def __call__(self, step):
-        """Returns images, float32 [B, 3, 32, 32] in [-1, 1], and labels, int64 [B]."""
+        """Returns images, float32 [B / world, 3, 32, 32] in [-1, 1], and labels, int64 [B / world]."""
         position, end, rows = step * self.batch_size, (step + 1) * self.batch_size, []
         while position < end:
             epoch, start = divmod(position, len(self.images))
             rows.append(self.order(epoch)[start : start + end - position])
             position += len(rows[-1])
-        rows = torch.cat(rows)
+        rows = torch.cat(rows)[self.mine]
         return to_float(self.images[rows]), self.labels[rows]

@@ -23,6 +23,7 @@ import torch_fidelity
 import checkpoint
 import cli
 import data
+import distributed
 import metrics
 import records
 import runtime
@@ -108,16 +109,16 @@ def main(argv=None):
     extractor = cli.extractor(args, device)
 
     start = time.perf_counter()
-    real = metrics.reference(dataset.images, extractor, args.cache_dir)
+    real = distributed.from_main(metrics.reference, dataset.images, extractor, args.cache_dir)
     runs, making = [], 0.0
     for seed in range(args.seed, args.seed + args.repeats):
         if state:
             labels = torch.arange(args.num_images) % len(state["classes"])          # as many of each class
             began = time.perf_counter()
             with runtime.autocast(device, args.precision):
-                given = torch.cat(list(sampling.generate(sample, seed, labels, args.batch_size, device, bar=True)))
+                given = sampling.generate(sample, seed, labels, args.batch_size, device, bar=True)
             making += time.perf_counter() - began
-        runs.append(dict(seed=seed, **metrics.distances(given, labels, real, extractor)))
+        runs.append(dict(seed=seed, **distributed.from_main(metrics.distances, given, labels, real, extractor)))
 
     n = len(given)
     names = {name: f"{name}@{n}" if n < 10_000 else name for name in runs[0] if name != "seed"}
@@ -138,10 +139,11 @@ def main(argv=None):
             images_per_second=round(n * args.repeats / making, 1),
         )
     records.write_json(args.out, report, device)
-    for name, value in values.items():
-        spread = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
-        print(f"{name.upper():24} {value['mean']:10.4f}{spread}")
-    print(args.out)
+    if distributed.MAIN:
+        for name, value in values.items():
+            spread = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
+            print(f"{name.upper():24} {value['mean']:10.4f}{spread}")
+        print(args.out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distributed
 from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, guided, karras_sigmas, karras_weight
 from model import group_norm
 from randomness import StepRandom
@@ -133,7 +134,7 @@ class GuidanceModel(nn.Module):
                 # The best head has D(x_t) = ln p_real(x_t) / p_fake(x_t). Of mean 1, so that the step keeps its size.
                 ratio = self.logits(x_t, sigma, labels).clamp(-10, 10).exp()        # [B]
                 h = F_DIVERGENCES[self.f_div](ratio)
-                grad = grad * (h / h.mean()).view(-1, 1, 1, 1)
+                grad = grad * (h / distributed.mean(h.mean())).view(-1, 1, 1, 1)
         # L_dm = 0.5 mse(x_gen, stopgrad(x_gen - grad))
         loss = 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
         return loss, dict(grad=grad)
@@ -195,7 +196,9 @@ class GuidanceModel(nn.Module):
         Returns:
             the loss, a scalar, and a dict with logit_fake and logit_real, 0-d means.
         """
-        x_t, sigma = self.gan_noise(torch.cat([x_gen.detach(), x_real]), rng or fresh_random(x_gen.device))
+        rng = rng or fresh_random(x_gen.device)
+        noised = [self.gan_noise(x, rng) for x in (x_gen.detach(), x_real)]
+        x_t, sigma = (torch.cat(parts) for parts in zip(*noised, strict=True))      # [2 B, 3, 32, 32], [2 B, 1, 1, 1]
         fake, real = self.logits(x_t, sigma, torch.cat([labels, real_labels])).split([len(x_gen), len(x_real)])
         # L_cls = mean(softplus(D(x_gen + sigma_t eps))) + mean(softplus(-D(x_real + sigma_t eps)))
         loss = F.softplus(fake).mean() + F.softplus(-real).mean()

@@ -18,6 +18,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+import distributed
 import sampling
 from data import DataError
 
@@ -190,11 +191,11 @@ class Validation:
     def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
         self.extractor, self.seed, self.device = extractor, seed, device
         self.labels = torch.arange(num_images) % len(dataset.classes)
-        self.real = reference(dataset.images, extractor, cache_dir)
+        self.real = distributed.from_main(reference, dataset.images, extractor, cache_dir)
         self.key = f"{extractor.name.lower()}@{num_images}"
 
     def __call__(self, sample):
         """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""
-        images = torch.cat(list(sampling.generate(sample, self.seed, self.labels, 250, self.device)))
-        values = distances(images, self.labels, self.real, self.extractor)
+        images = sampling.generate(sample, self.seed, self.labels, 250, self.device)
+        values = distributed.from_main(distances, images, self.labels, self.real, self.extractor)
         return {f"{name}@{len(images)}": value for name, value in values.items()}

@@ -5,22 +5,26 @@ import torch
 
 
 class StepRandom:
-    """The random numbers of one training step: a function of (seed, step) alone, so a resume needs no saved state."""
+    """The random numbers of one training step: a function of (seed, step) alone, so a resume needs no saved state.
 
-    def __init__(self, seed, step, device="cpu"):
+    Of several processes each draws those of the whole step and takes its share, so that together they hold what one
+    process would: every shape below is that of the share, and starts with the images.
+    """
+
+    def __init__(self, seed, step, device="cpu", rank=0, world=1):
         base = int(np.random.SeedSequence([0x57E9, seed]).generate_state(1)[0])
         # The CPU generator keeps 32 bits of its seed: adding the step keeps all steps of a run apart.
         self.generator = torch.Generator(device).manual_seed((base + step) % 2**32)
-        self.device = device
+        self.device, self.rank, self.world = device, rank, world
         self.host = np.random.default_rng([0x4057, seed, step])
 
     def normal(self, *shape):
         """Standard normal float32 numbers."""
-        return torch.randn(*shape, generator=self.generator, device=self.device)
+        return self.share(torch.randn, *shape)
 
     def uniform(self, *shape):
         """Uniform float32 numbers in [0, 1)."""
-        return torch.rand(*shape, generator=self.generator, device=self.device)
+        return self.share(torch.rand, *shape)
 
     def choice(self, n):
         """One uniform int of 0 .. n - 1, drawn by the host: what it decides must not wait for the device."""
@@ -28,7 +32,11 @@ class StepRandom:
 
     def integers(self, low, high, *shape):
         """Uniform int64 numbers in low .. high, both included."""
-        return torch.randint(low, high + 1, shape, generator=self.generator, device=self.device)
+        return self.share(lambda *shape, **how: torch.randint(low, high + 1, shape, **how), *shape)
+
+    def share(self, draw, n, *shape):
+        numbers = draw(self.world * n, *shape, generator=self.generator, device=self.device)
+        return numbers[self.rank * n : (self.rank + 1) * n]
 
 
 def image_noise(seed, indices, draw=0):

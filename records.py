@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distributed
 
+
+@distributed.main_only
 def write(path, writer):
     """Call writer(file) on a temporary file and rename it, so that path is never half-written."""
     temporary = Path(f"{path}.tmp")
@@ -23,6 +26,7 @@ def write(path, writer):
         temporary.unlink(missing_ok=True)
 
 
+@distributed.main_only
 def write_json(path, report, device):
     """Write a dict of results as JSON, with the command, the code's commit and the machine that gave them."""
     report = dict(

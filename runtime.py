@@ -17,19 +17,24 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
+import distributed
 from data import to_uint8
 
 GRID_ROWS = 16                                      # classes shown in the grids of a run
 
 
 def pick_device(name, precision="auto"):
-    """The torch.device for --device; "auto" prefers CUDA. Raises ValueError if it is not there.
+    """The torch.device for --device; "auto" prefers CUDA, and of several GPUs the one of this process.
+
+    Raises ValueError if it is not there.
 
     Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and only
     algorithms that give the same result each time, which an exact resume needs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.WORLD > 1:
+        name = f"cuda:{distributed.LOCAL_RANK}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -60,20 +65,28 @@ def autocast(device, precision):
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; a second one ends at once."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; a second one ends at once.
+
+    To read it is to ask all processes: one that gets the signal stops them all, at the same step.
+    """
 
     def __init__(self, max_minutes=None):
-        self.signum = None
+        self.signum, self.since = None, 0.0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        # Ctrl-C under torchrun reaches a process twice, from the terminal and from torchrun: that is one.
+        if self.signum is not None and time.monotonic() - self.since > 1:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif self.signum is None:
+            self.signum, self.since = signum, time.monotonic()
 
     def __bool__(self):
-        return self.signum is not None or (self.deadline is not None and time.monotonic() > self.deadline)
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        return distributed.any_process(self.signum is not None or late)
 
 
 def lr_factor(step, args):
@@ -89,7 +102,10 @@ class NonFiniteError(Exception):
 
 
 class Meter:
-    """Scalars of the steps since the last reading, kept on the device: only read() and state() synchronise."""
+    """Scalars of the steps since the last reading, kept on the device: only read() and state() synchronise.
+
+    With several processes they are the means over these.
+    """
 
     def __init__(self, step, device, state=None):
         self.history = {}                           # name -> {step: 0-d tensor}
@@ -105,7 +121,7 @@ class Meter:
         """The unread scalars as numbers, for a checkpoint. Raises NonFiniteError naming the first bad step."""
         state, bad = {}, []
         for name, entries in self.history.items():
-            values = torch.stack([value.float() for value in entries.values()]).tolist()
+            values = distributed.mean(torch.stack([value.float() for value in entries.values()])).tolist()
             state[name] = dict(zip(entries, values, strict=True))
             bad += [(step, name, value) for step, value in state[name].items() if not math.isfinite(value)]
         if bad:
@@ -146,7 +162,7 @@ class RunInUseError(Exception):
 
 
 class RunFolder:
-    """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png.
+    """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png; of several processes one writes.
 
     Raises:
         RunInUseError: another process is at work on this folder.
@@ -155,6 +171,8 @@ class RunFolder:
 
     def __init__(self, path, start_step, fresh):
         self.path = Path(path)
+        if not distributed.MAIN:
+            return
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / "lock", "a+")  # noqa: SIM115  held, and given back by the kernel if we are killed
         try:
@@ -189,6 +207,7 @@ class RunFolder:
         except OSError as error:
             raise OSError(f"cannot write to {self.path}: {error.strerror}; the last checkpoint stands") from error
 
+    @distributed.main_only
     def scalars(self, step, values):
         with self.writing():
             with open(self.log_path, "a") as file:
@@ -196,6 +215,7 @@ class RunFolder:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
+    @distributed.main_only
     def grid(self, step, name, rows, *panels):
         """Write class_grid pictures, side by side, as grids/<step>_<name>.png and to TensorBoard."""
         picture = side_by_side(*(class_grid(images, rows) for images in panels))
@@ -203,6 +223,7 @@ class RunFolder:
             save_image(picture, self.path / "grids" / f"{step:07d}_{name}.png")
             self.board.add_image(name, picture, step)
 
+    @distributed.main_only
     def close(self):
         with self.writing():
             self.board.close()

@@ -19,6 +19,7 @@ from torchvision.utils import save_image
 
 import checkpoint
 import cli
+import distributed
 import records
 import runtime
 import sampling
@@ -73,8 +74,7 @@ def main(argv=None):
 
     start = time.perf_counter()
     with runtime.autocast(device, args.precision):
-        images = list(sampling.generate(sample, args.seed, labels, args.batch_size, device, bar=True))
-    images = torch.cat(images)                                                      # uint8 [N, 3, 32, 32]
+        images = sampling.generate(sample, args.seed, labels, args.batch_size, device, bar=True)
     rate = len(images) / (time.perf_counter() - start)
 
     picture = runtime.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
@@ -83,7 +83,7 @@ def main(argv=None):
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
         records.write(args.npz, lambda file: np.savez(file, *arrays))
     nfe = sampling.evaluations(state, args.num_steps)
-    print(
+    distributed.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
         f"{rate:.1f} images/s, {args.out}{' and ' + args.npz if args.npz else ''}"
     )

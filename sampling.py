@@ -1,7 +1,7 @@
 """Images of a checkpoint: image i is a function of (checkpoint, seed, i, its label), whatever the batch size or count.
 
     sample = sampler(checkpoint.load("runs/dmd2"), device)
-    for images in generate(sample, seed=0, labels=labels, batch_size=100, device=device): ...     # uint8 [B, 3, 32, 32]
+    images = generate(sample, seed=0, labels=labels, batch_size=100, device=device)       # uint8 [N, 3, 32, 32]
 """
 
 import torch
@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import checkpoint
 import diffusion
+import distributed
 from data import to_uint8
 from randomness import image_noise
 
@@ -35,15 +36,21 @@ def sampler(state, device, num_steps=18, guidance_scale=1.0, compile=False):
 
 
 def generate(sample, seed, labels, batch_size, device, bar=False):
-    """Yield the images of labels[0], labels[1], ... in batches: uint8 [B, 3, 32, 32] on the CPU."""
-    progress = tqdm(total=len(labels), unit="image", disable=not bar)
-    for start in range(0, len(labels), batch_size):
+    """The images of labels[0], labels[1], ...: uint8 [N, 3, 32, 32] on the CPU.
+
+    Several processes make a batch each in turn and all get all images: the batches are those of one process.
+    """
+    images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
+    progress = tqdm(total=len(labels), unit="image", disable=not (bar and distributed.MAIN))
+    starts = range(0, len(labels), batch_size)
+    for start in starts[distributed.RANK :: distributed.WORLD]:
         batch = labels[start : start + batch_size]
         indices = range(start, start + len(batch))
 
         def noise(draw, indices=indices):
             return image_noise(seed, indices, draw).to(device, memory_format=torch.channels_last)
 
-        yield to_uint8(sample(noise(0), batch.to(device), renoise=noise)).cpu()
-        progress.update(len(batch))
+        images[start : start + len(batch)] = to_uint8(sample(noise(0), batch.to(device), renoise=noise)).cpu()
+        progress.update(min(distributed.WORLD * len(batch), len(labels) - progress.n))
     progress.close()
+    return distributed.sum_on_host(images)          # each was made once, and is zero elsewhere

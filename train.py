@@ -20,6 +20,7 @@ import checkpoint
 import cli
 import data
 import diffusion
+import distributed
 import runtime
 from guidance import F_DIVERGENCES
 from model import SimpleUNet
@@ -146,7 +147,8 @@ def main(argv=None):
     meter = runtime.Meter(step, device, state and state["meter"])
     best = (state or {}).get("best", dict(distance=math.inf, step=0))
     validation = cli.validation(args, dataset, device)
-    batches = data.Batches(dataset, args.batch_size, args.seed, device) if gan else None
+    place = distributed.RANK, distributed.WORLD
+    batches = data.Batches(dataset, args.batch_size, args.seed, device, *place) if gan else None
     label_dropout = source.get("label_dropout", 0.0)
     del source, state                               # several times the size of the network
 
@@ -154,6 +156,7 @@ def main(argv=None):
     stop = runtime.StopSignal(args.max_minutes)
 
     def save(name=checkpoint.NAME):
+        distributed.check_same(model, ema)
         checkpoint.save(
             run.path / name,
             dict(
@@ -207,12 +210,13 @@ def main(argv=None):
             save("best.pt")
 
     # --- the loop ----------------------------------------------------------------------------------------------------
+    batch = args.batch_size // distributed.WORLD
     meter.rate(step)                                # speed counts from here
-    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=not distributed.MAIN)
     while step < args.steps and not stop:
-        rng = StepRandom(args.seed, step, device)
-        z = rng.normal(args.batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
-        labels = rng.integers(0, len(classes) - 1, args.batch_size)                 # [B]
+        rng = StepRandom(args.seed, step, device, *place)
+        z = rng.normal(batch, 3, 32, 32).to(memory_format=torch.channels_last)      # B: this process's share
+        labels = rng.integers(0, len(classes) - 1, batch)                           # [B]
         factor = runtime.lr_factor(step, args)
         generator_optimizer.param_groups[0]["lr"] = args.generator_lr * factor
         guidance_optimizer.param_groups[0]["lr"] = args.guidance_lr * factor
@@ -224,6 +228,7 @@ def main(argv=None):
             with runtime.autocast(device, args.precision):
                 losses, _ = model.generator_turn(x_gen, labels, rng)
             sum(weights[name] * loss for name, loss in losses.items()).backward()
+            distributed.average_gradients(generator.parameters())
             generator_grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
             generator_optimizer.step()
             generator_optimizer.zero_grad(set_to_none=True)
@@ -236,6 +241,7 @@ def main(argv=None):
         with runtime.autocast(device, args.precision):
             losses, _ = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
         sum(weights[name] * loss for name, loss in losses.items()).backward()
+        distributed.average_gradients(guidance_parameters)
         fake_grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
         guidance_optimizer.step()
         guidance_optimizer.zero_grad(set_to_none=True)
@@ -256,12 +262,13 @@ def main(argv=None):
                 measure()
             if step % args.save_every == 0 or step == args.steps:
                 save()
-    if stop and step < args.steps:
+    if step < args.steps:
         save()
     bar.close()
     run.close()
     how = "done" if step >= args.steps else "stopped; --resume goes on"
-    print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
+    if distributed.MAIN:
+        print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
 
 
 if __name__ == "__main__":

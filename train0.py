@@ -17,6 +17,7 @@ import checkpoint
 import cli
 import data
 import diffusion
+import distributed
 import runtime
 from model import SimpleUNet
 from randomness import StepRandom, image_noise
@@ -85,12 +86,13 @@ def main(argv=None):
         net.compile()
 
     validation = cli.validation(args, dataset, device)
-    batches = data.Batches(dataset, args.batch_size, args.seed, device)
+    batches = data.Batches(dataset, args.batch_size, args.seed, device, distributed.RANK, distributed.WORLD)
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
     run = runtime.RunFolder(args.run_dir, step, fresh)
     stop = runtime.StopSignal(args.max_minutes)
 
     def save(name=checkpoint.NAME):
+        distributed.check_same(net, ema)
         checkpoint.save(
             run.path / name,
             dict(
@@ -129,9 +131,9 @@ def main(argv=None):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     meter.rate(step)                                # speed counts from here
-    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=not distributed.MAIN)
     while step < args.steps and not stop:
-        rng = StepRandom(args.seed, step, device)
+        rng = StepRandom(args.seed, step, device, distributed.RANK, distributed.WORLD)
         x_0, labels = batches(step)                                                 # [B, 3, 32, 32], [B]
         n = len(x_0)
         if args.flip:
@@ -150,6 +152,7 @@ def main(argv=None):
         loss = (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean()
 
         loss.backward()
+        distributed.average_gradients(net.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
         optimizer.param_groups[0]["lr"] = args.lr * runtime.lr_factor(step, args)
         optimizer.step()
@@ -173,12 +176,13 @@ def main(argv=None):
                 measure()
             if step % args.save_every == 0 or step == args.steps:
                 save()
-    if stop and step < args.steps:
+    if step < args.steps:
         save()
     bar.close()
     run.close()
     how = "done" if step >= args.steps else "stopped; --resume goes on"
-    print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
+    if distributed.MAIN:
+        print(f"{how}: step {step} of {args.steps}, {run.path / checkpoint.NAME}, grids in {run.path / 'grids'}")
 
 
 if __name__ == "__main__":

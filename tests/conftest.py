@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"                 # the nets here are tiny: th
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,7 +55,32 @@ def teacher_flags(tree):
     return ["--dataset", "folder", "--data_dir", tree, "--channels", "8", *TINY]
 
 
-class GaussianDenoiser(torch.nn.Module):
+class Features(nn.Module):
+    """Fixed random features of 8 numbers, and the red, green and blue means as logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 8, stride=8)
+
+    def forward(self, images):
+        x = images.float() / 255
+        return self.conv(x).tanh().mean((2, 3)), x.mean((2, 3))
+
+
+def export(path, network, example=None):
+    example = torch.zeros(4, 3, 32, 32, dtype=torch.uint8) if example is None else example
+    batch = ({0: torch.export.Dim("n")},)
+    torch.export.save(torch.export.export(network.eval(), (example,), dynamic_shapes=batch), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    torch.manual_seed(1)
+    return export(tmp_path_factory.mktemp("features") / "features.pt2", Features())
+
+
+class GaussianDenoiser(nn.Module):
     """The ideal denoiser of data N(mu, s0^2 I), which DMD2's networks approximate: E[x_0 | x_t]."""
 
     def __init__(self, mu, s0):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import TINY, call, teacher_flags
+from conftest import TINY, call, export, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -26,31 +26,6 @@ import train
 import train0
 
 N = 2048
-
-
-class Features(nn.Module):
-    """Fixed random features of 8 numbers, and the red, green and blue means as logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 8, stride=8)
-
-    def forward(self, images):
-        x = images.float() / 255
-        return self.conv(x).tanh().mean((2, 3)), x.mean((2, 3))
-
-
-def export(path, network, example=None):
-    example = torch.zeros(4, 3, 32, 32, dtype=torch.uint8) if example is None else example
-    batch = ({0: torch.export.Dim("n")},)
-    torch.export.save(torch.export.export(network.eval(), (example,), dynamic_shapes=batch), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory):
-    torch.manual_seed(1)
-    return export(tmp_path_factory.mktemp("features") / "features.pt2", Features())
 
 
 @pytest.fixture(scope="module")

@@ -98,11 +98,11 @@ def interrupted(monkeypatch, script, at_step, signum):
     """Make the script receive a signal in the middle of step at_step."""
     original = script.StepRandom
 
-    def step_random(seed, step, device):
+    def step_random(seed, step, *where):
         if step == at_step and not done:
             done.append(True)
             os.kill(os.getpid(), signum)
-        return original(seed, step, device)
+        return original(seed, step, *where)
 
     done = []
     monkeypatch.setattr(script, "StepRandom", step_random)
@@ -142,10 +142,10 @@ def test_a_run_killed_after_its_last_save_logs_no_step_twice(tmp_path, monkeypat
     assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "7") == 0
     original = train0.StepRandom
 
-    def step_random(seed, step, device):            # dies in step 5: saved at 3, logged at 2 and 4
+    def step_random(seed, step, *where):            # dies in step 5: saved at 3, logged at 2 and 4
         if step == 5:
             raise KeyboardInterrupt
-        return original(seed, step, device)
+        return original(seed, step, *where)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train0, "StepRandom", step_random)
@@ -403,7 +403,8 @@ def test_help_states_every_default(script, capsys):
 def test_imports_run_one_way():
     order = [
         "train0 train sample evaluate benchmark shapes_features", "cli", "metrics",
-        "sampling unified_model", "guidance checkpoint runtime", "data", "model diffusion randomness shapes records",
+        "sampling unified_model", "guidance checkpoint runtime records", "data",
+        "model diffusion randomness shapes distributed",
     ]
     rank = {name: i for i, names in enumerate(order) for name in names.split()}
     files = {path.stem: path.read_text().splitlines() for path in ROOT.glob("*.py")}
