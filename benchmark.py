@@ -43,13 +43,13 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=cli.count, default=64, help="images per step")
     parser.add_argument("--repeats", type=cli.number(int, 3), default=7, help="timed runs of each part in each mode")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="which to time")
-    parser.add_argument("--out", default="results/benchmark.json", help="the JSON")
+    parser.add_argument("--out", type=cli.path, default="results/benchmark.json", help="the JSON")
     args = parser.parse_args(argv)
     args.precision = "auto"
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
-    if Path(args.out).is_dir():
-        parser.error(f"--out {args.out} is a folder")
+    if Path(args.out).is_dir() or not cli.writable(args.out):
+        parser.error(f"cannot write --out {args.out}")
     return args
 
 

@@ -6,6 +6,7 @@ Exit codes: 0 finished or stopped on request, 2 a wrong call (nothing was writte
 import argparse
 import contextlib
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,13 @@ class UsageError(Exception):
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:                # older Pythons make an empty list of --flag=--
+            if action.nargs in (None, "+") and getattr(parsed, action.dest, None) == []:
+                self.error(f"argument {action.option_strings[0]}: expected one argument")
+        return parsed
 
     def error(self, message):
         raise UsageError(f"{message} (see --help)")
@@ -52,8 +60,30 @@ def number(kind, low, high=math.inf, open_low=False):
 count = number(int, 1)
 natural = number(int, 0)
 positive = number(float, 0, open_low=True)
-natural_float = number(float, 0)
 fraction = number(float, 0, 1)
+# Beyond these float32 overflows in the first step.
+rate = number(float, 0, 1, open_low=True)
+weight = number(float, 0, 1e6)
+noise = number(float, 1e-4, 1e4)
+
+
+def path(text):
+    """An argparse type: a name that the file system can have."""
+    try:
+        os.lstat(text)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:          # too long, through a file, unreadable; a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: {reason}") from error
+    return text
+
+
+def writable(path):
+    """Whether a file or folder of this name could be written, its folders made where they are not there."""
+    path = Path(path).resolve()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    return os.access(existing, os.W_OK) and (existing == path or existing.is_dir())
 
 
 def add_common(parser):
@@ -70,7 +100,7 @@ def add_common(parser):
 def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save_every):
     """Flags of the two training scripts."""
     add_common(parser)
-    parser.add_argument("--run_dir", default=run_dir, help="where checkpoint, log.jsonl, tensorboard/ and grids/ go")
+    parser.add_argument("--run_dir", type=path, default=run_dir, help="where checkpoint, logs and grids/ go")
     parser.add_argument("--steps", type=count, default=steps, help="steps in all, those before a resume included")
     parser.add_argument("--batch_size", type=count, default=batch_size, help="images per step")
     parser.add_argument("--log_every", type=count, default=50, help="steps between two readings of the losses")
@@ -95,14 +125,16 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
     parser.add_argument("--eval_images", type=number(int, 64), default=2048, help="images of such a measurement")
     add_features(parser)
     schedule = "of the Karras schedule; images span [-1, 1]"
-    parser.add_argument("--sigma_min", type=positive, default=diffusion.SIGMA_MIN, help=f"least noise {schedule}")
-    parser.add_argument("--sigma_max", type=positive, default=diffusion.SIGMA_MAX, help=f"most noise {schedule}")
+    parser.add_argument("--sigma_min", type=noise, default=diffusion.SIGMA_MIN, help=f"least noise {schedule}")
+    parser.add_argument("--sigma_max", type=noise, default=diffusion.SIGMA_MAX, help=f"most noise {schedule}")
 
 
 def add_dataset(parser, title, dataset="cifar10", data_dir="data", flip=True):
     group = parser.add_argument_group(title)
     group.add_argument("--dataset", choices=DATASETS, default=dataset, help="folder: any tree of <class>/<image>")
-    group.add_argument("--data_dir", default=data_dir, help="where cifar10 is, or is downloaded to; or the folder")
+    group.add_argument(
+        "--data_dir", type=path, default=data_dir, help="where cifar10 is, or is downloaded to; or the folder"
+    )
     if flip:
         group.add_argument("--flip", type=number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
 
@@ -110,11 +142,15 @@ def add_dataset(parser, title, dataset="cifar10", data_dir="data", flip=True):
 def add_features(parser):
     """Flags of what measures images."""
     parser.add_argument(
-        "--feature_extractor", help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or (features, "
-        "logits); a program: from people you trust. Default: Inception, fetched on first use",
+        "--feature_extractor", type=path, help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or "
+        "(features, logits); a program: from people you trust. Default: Inception, fetched on first use",
     )
-    parser.add_argument("--inception_weights", help="where Inception's weights are, if not in torch.hub's folder")
-    parser.add_argument("--cache_dir", default="~/.cache/dmd2", help="keeps the features of datasets, by content")
+    parser.add_argument(
+        "--inception_weights", type=path, help="where Inception's weights are, if not in torch.hub's folder"
+    )
+    parser.add_argument(
+        "--cache_dir", type=path, default="~/.cache/dmd2", help="keeps the features of datasets, by content"
+    )
 
 
 def extractor(args, device):
@@ -167,6 +203,8 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         raise UsageError("--resume and --overwrite exclude one another")
     if Path(args.run_dir).exists() and not Path(args.run_dir).is_dir():
         raise UsageError(f"--run_dir {args.run_dir} is a file")
+    if not writable(args.run_dir):
+        raise UsageError(f"--run_dir {args.run_dir} cannot be written")
     state = None
     if found and args.resume:
         state = checkpoint.load(found, kind=kind)
@@ -255,6 +293,6 @@ def run(main):
     if distributed.WORLD > 1 and code == 1:         # a wrong call is the same line for all: once a host is enough
         line = f"process {distributed.RANK} of {distributed.WORLD}: {line}"
     if code == 1 or distributed.LOCAL_RANK == 0:
-        below_the_bar = "\n" if code == 1 else ""
+        below_the_bar, line = "\n" if code == 1 else "", " ".join(str(line).split())
         print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)

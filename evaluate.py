@@ -11,7 +11,6 @@ those of equal --num_images compare, and below 10,000 the name says how many the
 """
 
 import hashlib
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,9 +35,11 @@ def parse_args(argv=None):
     parser = cli.Parser(description="Measure a checkpoint, or images made elsewhere, against a dataset.")
     cli.add_common(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", default="runs/dmd2", help="run folder or checkpoint of a student or a teacher")
-    source.add_argument("--npz", help="images of arr_0, uint8 [N, 32, 32, 3], with labels in arr_1 if it is there")
-    source.add_argument("--images", help="a folder of images, however deep")
+    source.add_argument(
+        "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
+    )
+    source.add_argument("--npz", type=cli.path, help="images of arr_0, uint8 [N, 32, 32, 3]; labels of arr_1 if there")
+    source.add_argument("--images", type=cli.path, help="a folder of images, however deep")
     cli.add_dataset(parser, "real images, by default those that the checkpoint was trained on", None, None, flip=False)
     parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
     parser.add_argument(
@@ -48,10 +49,10 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=cli.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
     parser.add_argument(
-        "--guidance_scale", type=cli.natural_float, default=1.0, help="classifier-free guidance of a teacher, 1: none"
+        "--guidance_scale", type=cli.weight, default=1.0, help="classifier-free guidance of a teacher, 1: none"
     )
     cli.add_features(parser)
-    parser.add_argument("--out", default="results/evaluation.json", help="the JSON")
+    parser.add_argument("--out", type=cli.path, default="results/evaluation.json", help="the JSON")
     args = parser.parse_args(argv)
     if args.npz or args.images:
         args.checkpoint = None
@@ -59,8 +60,7 @@ def parse_args(argv=None):
             parser.error("--repeats needs a checkpoint: the images of --npz and --images are what they are")
         if args.dataset is None:
             parser.error("--npz and --images need --dataset, the real images to measure against")
-    folder = Path(args.out).resolve().parent
-    if Path(args.out).is_dir() or (folder.exists() and not os.access(folder, os.W_OK)):
+    if Path(args.out).is_dir() or not cli.writable(args.out):
         parser.error(f"cannot write --out {args.out}")
     return args
 

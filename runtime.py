@@ -214,6 +214,7 @@ class RunFolder:
                 file.write(json.dumps(dict(step=step, **values)) + "\n")
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+            self.board.flush()                      # before the checkpoint of this step, or a kill would leave a gap
 
     @distributed.main_only
     def grid(self, step, name, rows, *panels):

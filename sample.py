@@ -9,7 +9,6 @@ Image i depends on --seed, i and its label alone. Without --labels image i is of
 each row of the grid is one class.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -33,20 +32,21 @@ def parse_args(argv=None):
     cli.add_common(parser)
     # Here exactness comes first: in bf16 an image would depend a little on the batch it was made in.
     parser.set_defaults(precision="fp32")
-    parser.add_argument("--checkpoint", default="runs/dmd2", help="run folder or checkpoint of a student or a teacher")
-    parser.add_argument("--out", default="grid.png", help="the grid, a PNG: one class per row")
-    parser.add_argument("--npz", help="also write all images: arr_0 uint8 [N, 32, 32, 3], arr_1 int64 labels [N]")
+    parser.add_argument(
+        "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
+    )
+    parser.add_argument("--out", type=cli.path, default="grid.png", help="the grid, a PNG: one class per row")
+    parser.add_argument("--npz", type=cli.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]")
     parser.add_argument("--num_images", type=cli.count, default=100, help="images in all")
     parser.add_argument("--batch_size", type=cli.count, default=100, help="images at a time; changes speed only")
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
     parser.add_argument(
-        "--guidance_scale", type=cli.natural_float, default=1.0, help="classifier-free guidance of a teacher, 1: none"
+        "--guidance_scale", type=cli.weight, default=1.0, help="classifier-free guidance of a teacher, 1: none"
     )
     args = parser.parse_args(argv)
     for path in filter(None, (args.out, args.npz)):
-        folder = Path(path).resolve().parent
-        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not cli.writable(path):
             parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out {args.out} does not end in .png")

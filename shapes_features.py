@@ -53,15 +53,20 @@ def train(num_images, epochs, seed):
     return net.eval()
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = cli.Parser(description="Train and save a feature network for the built-in dataset.")
-    parser.add_argument("--out", default="shapes_features.pt2", help="the network, for evaluate.py")
+    parser.add_argument("--out", type=cli.path, default="shapes_features.pt2", help="the network, for evaluate.py")
     parser.add_argument("--seed", type=cli.natural, default=0, help="of its images and its weights")
     parser.add_argument("--num_images", type=cli.number(int, 1000), default=20_000, help="fresh images to train on")
     parser.add_argument("--epochs", type=cli.count, default=3, help="passes over them")
     args = parser.parse_args(argv)
-    if not Path(args.out).resolve().parent.is_dir():
-        parser.error(f"cannot write {args.out}: its folder is not there")
+    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir() or not cli.writable(args.out):
+        parser.error(f"cannot write {args.out}: it is a folder, or its folder is not there or not writable")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     net = train(args.num_images, args.epochs, args.seed)
     images, labels = (torch.from_numpy(array) for array in shapes.draw(5000, TEST_SEED + 1000 * args.seed))
     with torch.no_grad():

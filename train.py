@@ -47,12 +47,12 @@ FIXED = (
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Distil the teacher into a one-step generator.")
-    parser.add_argument("--teacher", default="runs/teacher", help="a teacher's run folder or checkpoint")
+    parser.add_argument("--teacher", type=cli.path, default="runs/teacher", help="a teacher's run folder or checkpoint")
     cli.add_training(
         parser, PRESETS, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000
     )
     parser.add_argument(
-        "--conditioning_sigma", type=cli.positive, default=80.0, help="noise level that the generator starts from"
+        "--conditioning_sigma", type=cli.noise, default=80.0, help="noise level that the generator starts from"
     )
     parser.add_argument(
         "--dfake_gen_update_ratio", type=cli.count, default=10, help="guidance turns per generator turn"
@@ -60,17 +60,17 @@ def parse_args(argv=None):
     noise = "noise of the DM loss, as a fraction of the 1000 Karras steps"
     parser.add_argument("--min_step_percent", type=cli.fraction, default=0.02, help=f"least {noise}")
     parser.add_argument("--max_step_percent", type=cli.fraction, default=0.98, help=f"most {noise}")
-    parser.add_argument("--generator_lr", type=cli.positive, default=1e-4, help="learning rate of feedforward_model")
-    parser.add_argument("--guidance_lr", type=cli.positive, default=2e-4, help="learning rate of fake_unet")
+    parser.add_argument("--generator_lr", type=cli.rate, default=1e-4, help="learning rate of feedforward_model")
+    parser.add_argument("--guidance_lr", type=cli.rate, default=2e-4, help="learning rate of fake_unet")
     parser.add_argument(
         "--ema_decay", type=cli.fraction, default=0.999, help="of the generator, per generator turn, at most (see EMA)"
     )
     parser.add_argument(
-        "--gen_cls_loss_weight", type=cli.natural_float, default=0.0,
+        "--gen_cls_loss_weight", type=cli.weight, default=0.0,
         help="weight of the GAN loss in the generator turn, 3e-3 in the paper; 0: no GAN, and no dataset needed",
     )
     parser.add_argument(
-        "--cls_loss_weight", type=cli.natural_float, default=1e-2, help="weight of the GAN loss in the guidance turn"
+        "--cls_loss_weight", type=cli.weight, default=1e-2, help="weight of the GAN loss in the guidance turn"
     )
     parser.add_argument(
         "--diffusion_gan_max_timestep", type=cli.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
@@ -84,7 +84,7 @@ def parse_args(argv=None):
         "--num_denoising_steps", type=cli.number(int, 1, 100), default=1, help="evaluations per image of the student"
     )
     parser.add_argument(
-        "--guidance_scale", type=cli.natural_float, default=1.0, help="classifier-free guidance of real_unet, 1: none"
+        "--guidance_scale", type=cli.weight, default=1.0, help="classifier-free guidance of real_unet, 1: none"
     )
     cli.add_dataset(parser, "the GAN's real images, by default the teacher's", dataset=None, data_dir=None)
     args, state = cli.parse_training(parser, "student", PRESETS, argv, FIXED)

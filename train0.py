@@ -43,7 +43,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--channels", type=cli.number(int, 8), default=64, help="of the first level, a multiple of 8")
     parser.add_argument("--blocks", type=cli.count, default=1, help="residual blocks per level")
-    parser.add_argument("--lr", type=cli.positive, default=1e-3, help="peak learning rate of Adam")
+    parser.add_argument("--lr", type=cli.rate, default=1e-3, help="peak learning rate of Adam")
     parser.set_defaults(lr_schedule="cosine")
     parser.add_argument("--ema_decay", type=cli.number(float, 0, 1), default=0.9995, help="per step, at most (see EMA)")
     parser.add_argument(
@@ -53,8 +53,8 @@ def parse_args(argv=None):
         "--sigma_sampling", choices=["lognormal", "grid"], default="lognormal",
         help="training noise: ln(sigma) ~ N(p_mean, p_std^2), or uniform over the 1000 Karras steps",
     )
-    parser.add_argument("--p_mean", type=cli.number(float, -10, 10), default=-1.2, help="mean of ln(sigma)")
-    parser.add_argument("--p_std", type=cli.positive, default=1.2, help="standard deviation of ln(sigma)")
+    parser.add_argument("--p_mean", type=cli.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
+    parser.add_argument("--p_std", type=cli.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
     args, state = cli.parse_training(parser, "teacher", PRESETS, argv, FIXED)
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
