@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test stress lint clean
 
 .venv/requirements-test.txt: requirements.txt
 .venv/requirements%: requirements%
@@ -23,6 +23,12 @@ demo: .venv/requirements.txt
 test: .venv/requirements-test.txt
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q
+
+# Hours: kills at random moments, an hour of training, every accepted value of every flag.
+stress: .venv/requirements-test.txt
+	$(RUN) tests/stress.py kills
+	$(RUN) tests/stress.py hour
+	DMD2_RUNS_PER_FLAG=1000 $(RUN) -m pytest -q tests/test_flags.py
 
 lint: .venv/requirements-test.txt
 	$(RUN) -m ruff check .

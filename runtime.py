@@ -184,7 +184,7 @@ class RunFolder:
         self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
         self.lock.flush()
         self.log_path = self.path / "log.jsonl"
-        old = ["checkpoint.pt.tmp", "log.jsonl.tmp"]                                # of a save that was killed
+        old = ["*.tmp"]                             # of a save that was killed
         if fresh:                                   # checkpoint.pt itself stands until the first save replaces it
             old += ["log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"]
         for file in (file for pattern in old for file in self.path.glob(pattern)):

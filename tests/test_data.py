@@ -78,6 +78,14 @@ def test_images_of_other_modes_become_rgb(tmp_path, mode):
     assert image.shape == (32, 32, 3) and image.min() > 250
 
 
+def test_a_photograph_of_40_megapixels_is_read_and_a_bomb_is_named(tmp_path, monkeypatch):
+    Image.new("L", (8000, 5000), 200).save(tmp_path / "a.png")
+    assert (data.read_image(tmp_path / "a.png") == 200).all()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000_000)      # Pillow refuses twice as many
+    with pytest.raises(data.DataError, match=r"a\.png"):
+        data.read_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", None])
 def test_a_broken_image_is_named(tmp_path, content):
     tree = image_tree(tmp_path / "tree")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,10 +275,12 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(tmp_path, tree, capsys):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
+    state = checkpoint.load(run)
+    next(iter(state["model"].values()))[:] = 1e38   # so large that its square is infinite
+    checkpoint.save(f"{run}/checkpoint.pt", state)
     before = read(f"{run}/checkpoint.pt")
     capsys.readouterr()
-    flags = ["--run_dir", run, "--resume", "--device", "cpu", "--steps", "50", "--lr", "1e30", "--warmup_steps", "0"]
-    assert call(train0, *flags, "--lr_schedule", "constant") == 1
+    assert call(train0, "--run_dir", run, "--resume", "--device", "cpu", "--steps", "9") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert len(lines) == 1 and " at step " in lines[0] and ("loss" in lines[0] or "grad_norm" in lines[0])
     assert read(f"{run}/checkpoint.pt") == before
@@ -298,6 +301,74 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, tree):
     assert len(lines) == 1 and "cannot save" in lines[0] and "checkpoint.pt" in lines[0]
     assert read(f"{run}/checkpoint.pt") == before
     assert not [name for name in os.listdir(run) if name.endswith(".tmp")]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 13 MiB, room for a teacher's checkpoint and its successor, and the same one read-only."""
+    place, read_only = tmp_path / "disk", tmp_path / "read_only"
+    place.mkdir(), read_only.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    subprocess.run(["mount", "--bind", place, read_only], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", read_only], check=True)
+    yield place, read_only
+    subprocess.run(["umount", read_only, place], check=True)
+
+
+def test_a_small_disk_stops_the_run_in_one_line_and_a_read_only_one_refuses_it(small_disk, tree, teacher, capsys):
+    small_disk, read_only = small_disk
+    run = str(small_disk / "run")
+
+    def said(script, *flags):
+        capsys.readouterr()
+        code = call(script, *flags, "--device", "cpu")
+        return code, [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+
+    size = os.path.getsize(f"{teacher}/checkpoint.pt")
+    code, lines = said(train, "--teacher", teacher, "--run_dir", str(small_disk / "student"), *TINY, "--steps", "2")
+    assert code == 1 and len(lines) == 1 and "No space left" in lines[0]
+    assert not list(small_disk.rglob("*.tmp")) and checkpoint.load(small_disk / "student")["step"] == 0
+    shutil.rmtree(small_disk / "student")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
+    before = read(f"{run}/checkpoint.pt")
+    (small_disk / "others").write_bytes(bytes(13 * 2**20 - size * 3 // 2))      # other files take what is left
+    code, lines = said(train0, "--run_dir", run, "--resume", "--steps", "6")
+    assert code == 1 and len(lines) == 1 and "stands" in lines[0] and read(f"{run}/checkpoint.pt") == before
+    (small_disk / "others").unlink()
+    code, lines = said(train0, "--run_dir", str(read_only / "run"), "--resume", "--steps", "6")
+    assert code == 2 and len(lines) == 1 and "cannot be written" in lines[0]
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "6", "--device", "cpu") == 0
+
+
+def test_a_tensorboard_that_cannot_be_written_is_one_line(tmp_path, tree, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tensorboard").write_text("in the way")
+    assert call(train0, *teacher_flags(tree), "--run_dir", str(run), "--steps", "3") == 1
+    err = capsys.readouterr().err.strip()
+    assert "Traceback" not in err and len(err.splitlines()) == 1 and str(run) in err
+
+
+KILLED_IN_STEP_5 = """
+import os, sys, train0
+original = train0.StepRandom
+train0.StepRandom = lambda seed, step, *where: os._exit(9) if step == 5 else original(seed, step, *where)
+train0.main(sys.argv[1:])
+"""
+
+
+def test_tensorboard_has_every_step_once_after_a_kill_and_a_resume(tmp_path, tree):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = str(tmp_path / "run")                     # saved at 3, logged to 5
+    flags = [*teacher_flags(tree), "--log_every", "1", "--run_dir", run, "--steps", "7"]
+    process = subprocess.run([sys.executable, "-c", KILLED_IN_STEP_5, *flags], cwd=ROOT, capture_output=True)
+    assert process.returncode == 9 and checkpoint.load(run)["step"] == 3
+    assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
+    board = EventAccumulator(f"{run}/tensorboard", size_guidance=dict(scalars=0))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 8))
 
 
 def test_images_depend_on_seed_and_index_alone(tmp_path, teacher):
