@@ -172,6 +172,15 @@ def validation(args, dataset, device):
     return metrics.Validation(dataset, extractor(args, device), args.eval_images, args.seed, args.cache_dir, device)
 
 
+def or_shipped(path, default, name):
+    """path, or the weights that come with the code where path was not asked for and holds no run."""
+    shipped = Path(__file__).resolve().parent / "weights" / name
+    if path != default or Path(path).exists() or not shipped.exists():
+        return path
+    distributed.main_only(print)(f"there is no run in {path}: taking the shipped weights, {shipped}")
+    return str(shipped)
+
+
 SESSION_FLAGS = ("run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
 
 

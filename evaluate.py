@@ -60,6 +60,8 @@ def parse_args(argv=None):
             parser.error("--repeats needs a checkpoint: the images of --npz and --images are what they are")
         if args.dataset is None:
             parser.error("--npz and --images need --dataset, the real images to measure against")
+    else:
+        args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     if Path(args.out).is_dir() or not cli.writable(args.out):
         parser.error(f"cannot write --out {args.out}")
     return args

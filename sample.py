@@ -45,6 +45,7 @@ def parse_args(argv=None):
         "--guidance_scale", type=cli.weight, default=1.0, help="classifier-free guidance of a teacher, 1: none"
     )
     args = parser.parse_args(argv)
+    args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     for path in filter(None, (args.out, args.npz)):
         if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not cli.writable(path):
             parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")

@@ -88,6 +88,8 @@ def parse_args(argv=None):
     )
     cli.add_dataset(parser, "the GAN's real images, by default the teacher's", dataset=None, data_dir=None)
     args, state = cli.parse_training(parser, "student", PRESETS, argv, FIXED)
+    if state is None:
+        args.teacher = cli.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
     if args.f_div != "rkl" and not args.gen_cls_loss_weight:
         parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
     if args.f_div != "rkl" and args.diffusion_gan_max_timestep < args.max_step_percent * diffusion.NUM_TRAIN_TIMESTEPS:

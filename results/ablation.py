@@ -22,8 +22,8 @@ HERE = Path(__file__).resolve().parent
 SETTINGS = {
     "shapes": ["--preset", "demo", "--steps", "400"],
     "cifar10_jpeg": [
-        "--steps", "400", "--batch_size", "64", "--dfake_gen_update_ratio", "2", "--generator_lr", "2e-4",
-        "--guidance_lr", "1e-3", "--ema_decay", "0.97", "--lr_schedule", "cosine", "--conditioning_sigma", "3",
+        "--steps", "300", "--batch_size", "64", "--dfake_gen_update_ratio", "2", "--generator_lr", "5e-4",
+        "--guidance_lr", "3e-3", "--ema_decay", "0.97", "--lr_schedule", "cosine", "--conditioning_sigma", "3",
     ],
 }
 GAN = ["--gen_cls_loss_weight", "3e-2", "--diffusion_gan_max_timestep", "600"]
@@ -46,6 +46,7 @@ def training_minutes(run):
 
 def measure(checkpoint, args, out, *more):
     flags = ["--feature_extractor", args.feature_extractor, "--num_images", str(args.num_images), "--out", str(out)]
+    flags += ["--data_dir", args.data_dir] if args.data_dir else []
     subprocess.run([sys.executable, "evaluate.py", "--checkpoint", str(checkpoint), *flags, *more], check=True)
     return json.loads(out.read_text())
 
@@ -55,6 +56,7 @@ def main():
     parser.add_argument("name", choices=list(SETTINGS))
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--feature_extractor", required=True)
+    parser.add_argument("--data_dir", help="where the teacher's images are, if not where it found them")
     parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--teacher_images", type=int, help="fewer for the teacher's 35 evaluations; default the same")
     args = parser.parse_args()
@@ -69,6 +71,7 @@ def main():
             command = ["train.py", *SETTINGS[args.name], *flags, "--seed", str(seed)]
             if not out.exists():
                 paths = ["--teacher", args.teacher, "--run_dir", str(run), "--resume"]
+                paths += ["--data_dir", args.data_dir] if args.data_dir else []
                 subprocess.run([sys.executable, *command, *paths, "--sample_every", "1000000"], check=True)
                 measure(run, args, out, "--seed", str(seed))
             report = json.loads(out.read_text())
@@ -104,8 +107,10 @@ def main():
             mean("class_accuracy", digits=1, scale=100) + " %", mean("precision"), mean("recall"),
             f"{statistics.mean(minutes):.1f}" if minutes else "", f"`{reports[0].get('training_command', '')}` |",
         ]))
-    stamp = dict(when=time.strftime("%Y-%m-%d"), summary=summary, rows=results)
-    (HERE / f"ablation_{args.name}.json").write_text(json.dumps(stamp, indent=1) + "\n")
+    path = HERE / f"ablation_{args.name}.json"
+    note = json.loads(path.read_text()).get("note", "") if path.exists() else ""    # written by hand
+    stamp = dict(note=note, when=time.strftime("%Y-%m-%d"), summary=summary, rows=results)
+    path.write_text(json.dumps(stamp, indent=1) + "\n")
     (HERE / f"ablation_{args.name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
