@@ -109,12 +109,13 @@ def interrupted(monkeypatch, script, at_step, signum):
     monkeypatch.setattr(script, "StepRandom", step_random)
 
 
-@pytest.mark.parametrize(("at_step", "signum"), [(2, signal.SIGTERM), (5, signal.SIGINT)])
-def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, capsys):
+@pytest.mark.parametrize(("at_step", "signum", "decay"), [(2, signal.SIGTERM, "0.999"), (5, signal.SIGINT, "0")])
+def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, decay, capsys):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
-    assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "7") == 0
+    flags = [*teacher_flags(tree), "--ema_decay", decay, "--steps", "7"]
+    assert call(train0, *flags, "--run_dir", a) == 0
     interrupted(monkeypatch, train0, at_step, signum)
-    assert call(train0, *teacher_flags(tree), "--run_dir", b, "--steps", "7") == 0
+    assert call(train0, *flags, "--run_dir", b) == 0
     assert checkpoint.load(b)["step"] == at_step + 1
     assert f"stopped; --resume goes on: step {at_step + 1} of 7" in capsys.readouterr().out
     assert call(train0, "--run_dir", b, "--resume", "--device", "cpu") == 0
@@ -124,9 +125,9 @@ def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signu
 EVERYTHING = ["--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2"]
 
 
-@pytest.mark.parametrize(
-    ("at_step", "signum", "more"), [(2, signal.SIGINT, []), (5, signal.SIGTERM, []), (4, signal.SIGTERM, EVERYTHING)]
-)
+@pytest.mark.parametrize(("at_step", "signum", "more"), [
+    (2, signal.SIGINT, []), (5, signal.SIGTERM, ["--ema_decay", "0"]), (4, signal.SIGTERM, EVERYTHING),
+])
 def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch, teacher, at_step, signum, more):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
     flags = ["--teacher", teacher, "--dfake_gen_update_ratio", "2", "--steps", "7", *more, *TINY]
@@ -458,6 +459,18 @@ def test_a_wrong_call_is_one_line_exit_code_2_and_writes_nothing(
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "error: " in err and said in err
     assert sorted(os.listdir(tmp_path)) == here and read(f"{teacher}/checkpoint.pt") == saved
+
+
+def test_weights_of_another_width_than_the_checkpoint_says_are_one_line(tmp_path, teacher, capsys):
+    state = checkpoint.load(teacher)
+    state["model_config"]["channels"] = 16
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    for script, *flags in ((train, "--teacher"), (sample, "--checkpoint"), (evaluate, "--checkpoint")):
+        out = ["--run_dir", str(tmp_path / "run")] if script is train else ["--out", str(tmp_path / "out.png")]
+        assert call(script, *flags, str(tmp_path), *out, "--device", "cpu") == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and str(tmp_path) in err and "does not fit" in err
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize("script", [train0, train, sample, evaluate, benchmark])
