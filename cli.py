@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -69,6 +70,8 @@ noise = number(float, 1e-4, 1e4)
 
 def path(text):
     """An argparse type: a name that the file system can have."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
     try:
         os.lstat(text)
     except FileNotFoundError:
@@ -80,10 +83,11 @@ def path(text):
 
 
 def writable(path):
-    """Whether a file or folder of this name could be written, its folders made where they are not there."""
+    """Whether a file or folder of this name could be made or replaced, its folders made where they are not there."""
     path = Path(path).resolve()
     existing = next(place for place in (path, *path.parents) if place.exists())
-    return os.access(existing, os.W_OK) and (existing == path or existing.is_dir())
+    folder = path.parent if path.is_file() else existing        # a file is replaced by a new one
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def add_common(parser):
@@ -244,7 +248,7 @@ def dataset(args, state=None, split="train"):
     name_dataset(args, state)
     if args.dataset is None:
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
-    loaded = data.load(args.dataset, args.data_dir, split)
+    loaded = distributed.first_of_host(data.load, args.dataset, args.data_dir, split)
     if state and loaded.classes != state["classes"]:
         raise UsageError(f"the classes of --dataset {args.dataset} are not those of the checkpoint")
     return loaded
@@ -273,6 +277,8 @@ def restoring(path):
     """Turns what does not fit into the networks and optimizers of today into a CheckpointError that names the file."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the checkpoint at {path} does not fit this version: {reason}") from error
@@ -293,7 +299,7 @@ def run(main):
         code, line = 1, "interrupted"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         code, reason = 1, str(error).partition("\n")[0]
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory", str(error)):
             line = f"out of memory, try a smaller --batch_size: {reason}"
         elif distributed.lost(error):
             line = f"another process of this run has ended; the last checkpoint stands ({reason})"

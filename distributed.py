@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
-RANK, WORLD, LOCAL_RANK = (
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
     int(os.environ[name]) if LAUNCHED else default
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
 MAIN = RANK == 0                                    # the process that writes
 # The others wait while one measures, or loads a dataset. That one has died is torchrun's to see, at once.
@@ -34,7 +34,7 @@ def start():
 
 def lost(error):
     """Whether an error says that another process is gone."""
-    words = ("gloo", "connection", "nccl", "store", "peer")
+    words = ("connection", "by peer", "timed out", "timeout", "aborted")
     return WORLD > 1 and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
@@ -82,6 +82,13 @@ def sum_on_host(tensor):
 def any_process(flag):
     """Whether the flag is set in any process: what one decides, all must."""
     return bool(sum_on_host(torch.tensor(int(bool(flag))))) if WORLD > 1 else bool(flag)
+
+
+def first_of_host(function, *args):
+    """function(*args) in every process, in one of each host before the others: it may download."""
+    result = function(*args) if LOCAL_RANK == 0 else None
+    sum_on_host(torch.zeros(1))
+    return result if LOCAL_RANK == 0 else function(*args)
 
 
 def from_main(function, *args):

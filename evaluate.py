@@ -98,6 +98,7 @@ def main(argv=None):
     state, given = None, None
     if args.checkpoint:
         state = checkpoint.load(args.checkpoint)
+        digest = hashlib.sha256(checkpoint.find(args.checkpoint).read_bytes()).hexdigest()
         cli.check_guidance(args, state)
         with cli.restoring(args.checkpoint):
             sample = sampling.sampler(state, device, args.num_steps, args.guidance_scale, args.compile)
@@ -134,9 +135,8 @@ def main(argv=None):
         torch_fidelity=torch_fidelity.__version__, seconds=round(time.perf_counter() - start, 1),
     )
     if state:
-        file = checkpoint.find(args.checkpoint)
         report["checkpoint"] = dict(
-            sha256=hashlib.sha256(file.read_bytes()).hexdigest(), kind=state["kind"], step=state["step"],
+            sha256=digest, kind=state["kind"], step=state["step"],
             evaluations=sampling.evaluations(state, args.num_steps), guidance_scale=args.guidance_scale,
             images_per_second=round(n * args.repeats / making, 1),
         )

@@ -193,6 +193,7 @@ class Validation:
         self.labels = torch.arange(num_images) % len(dataset.classes)
         self.real = distributed.from_main(reference, dataset.images, extractor, cache_dir)
         self.key = f"{extractor.name.lower()}@{num_images}"
+        self.of = f"{self.key} in {extractor.identity}"         # distances of another kind do not compare
 
     def __call__(self, sample):
         """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""

@@ -33,13 +33,18 @@ def pick_device(name, precision="auto"):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and distributed.WORLD > 1:
+    if distributed.WORLD > 1 and name.startswith("cuda"):
+        if name != "cuda" or torch.cuda.device_count() < distributed.LOCAL_WORLD:
+            found = f"{torch.cuda.device_count()} GPUs for {distributed.LOCAL_WORLD} processes"
+            raise ValueError(f"{name!r} with torchrun: {found}, of which each takes its own of --device cuda")
         name = f"cuda:{distributed.LOCAL_RANK}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("choose auto, cpu, cuda, cuda:N or mps")
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)           # events and collectives go by the current one
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
@@ -184,7 +189,7 @@ class RunFolder:
         self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
         self.lock.flush()
         self.log_path = self.path / "log.jsonl"
-        old = ["*.tmp"]                             # of a save that was killed
+        old = ["checkpoint.pt.tmp", "best.pt.tmp", "log.jsonl.tmp"]                 # of a save that was killed
         if fresh:                                   # checkpoint.pt itself stands until the first save replaces it
             old += ["log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"]
         for file in (file for pattern in old for file in self.path.glob(pattern)):
@@ -198,6 +203,11 @@ class RunFolder:
         # TensorBoard's writer thread prints its failure and raises it again in the main thread: once is enough.
         threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
+
+    @distributed.main_only
+    def replaced(self):
+        """After the first save of a fresh run: what the folder's former run kept as its best goes too."""
+        (self.path / "best.pt").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self):

@@ -11,6 +11,7 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -92,6 +93,8 @@ def parse_args(argv=None):
         args.teacher = cli.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
     if args.f_div != "rkl" and not args.gen_cls_loss_weight:
         parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
+    if args.gen_cls_loss_weight and not args.cls_loss_weight:
+        parser.error("--cls_loss_weight 0 would leave the GAN's head as it starts, at random")
     if args.f_div != "rkl" and args.diffusion_gan_max_timestep < args.max_step_percent * diffusion.NUM_TRAIN_TIMESTEPS:
         parser.error(f"--f_div {args.f_div} needs the head at every noise: --diffusion_gan_max_timestep 1000")
     if args.num_denoising_steps > 1 and args.conditioning_sigma <= args.sigma_min:
@@ -115,7 +118,7 @@ def main(argv=None):
     for name in ("sigma_min", "sigma_max"):
         if source[name] != getattr(args, name):
             raise cli.UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
-    if fresh and checkpoint.find(args.teacher) == checkpoint.find(args.run_dir):
+    if fresh and checkpoint.find(args.teacher).resolve().parent == Path(args.run_dir).resolve():
         raise cli.UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
     cli.check_guidance(args, source)
     gan = args.gen_cls_loss_weight > 0
@@ -149,6 +152,8 @@ def main(argv=None):
     meter = runtime.Meter(step, device, state and state["meter"])
     best = (state or {}).get("best", dict(distance=math.inf, step=0))
     validation = cli.validation(args, dataset, device)
+    if validation and best.get("of") != validation.of:
+        best = dict(distance=math.inf, step=0, of=validation.of)
     place = distributed.RANK, distributed.WORLD
     batches = data.Batches(dataset, args.batch_size, args.seed, device, *place) if gan else None
     label_dropout = source.get("label_dropout", 0.0)
@@ -176,6 +181,7 @@ def main(argv=None):
 
     if fresh:                                       # whether the disk takes it shows now, not after an hour
         save()
+        run.replaced()
 
     rows = min(len(classes), runtime.GRID_ROWS)
     grid_labels = torch.arange(8 * rows, device=device) % rows
@@ -261,6 +267,7 @@ def main(argv=None):
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
             if validation and (step % args.eval_every == 0 or step == args.steps):
+                save()                              # a measurement takes long: what ends it must not cost steps
                 measure()
             if step % args.save_every == 0 or step == args.steps:
                 save()

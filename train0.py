@@ -86,6 +86,8 @@ def main(argv=None):
         net.compile()
 
     validation = cli.validation(args, dataset, device)
+    if validation and best.get("of") != validation.of:
+        best = dict(distance=math.inf, step=0, of=validation.of)
     batches = data.Batches(dataset, args.batch_size, args.seed, device, distributed.RANK, distributed.WORLD)
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
     run = runtime.RunFolder(args.run_dir, step, fresh)
@@ -107,6 +109,7 @@ def main(argv=None):
 
     if fresh:                                       # whether the disk takes it shows now, not after an hour
         save()
+        run.replaced()
 
     rows = min(len(dataset.classes), runtime.GRID_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
@@ -173,6 +176,7 @@ def main(argv=None):
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
             if validation and (step % args.eval_every == 0 or step == args.steps):
+                save()                              # a measurement takes long: what ends it must not cost steps
                 measure()
             if step % args.save_every == 0 or step == args.steps:
                 save()
