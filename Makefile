@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test stress lint clean
+.PHONY: demo cifar10 test stress lint clean
 
 .venv/requirements-test.txt: requirements.txt
 .venv/requirements%: requirements%
@@ -19,6 +19,16 @@ demo: .venv/requirements.txt
 	$(RUN) sample.py --checkpoint runs/demo/dmd2 --out runs/demo/student.png
 	@echo "teacher, 35 evaluations an image: $(CURDIR)/runs/demo/teacher.png"
 	@echo "student, 1 evaluation an image:   $(CURDIR)/runs/demo/student.png"
+
+# The same on CIFAR-10: hours on a CPU. DATA="--dataset folder --data_dir DIR" takes other images.
+DATA ?= --dataset cifar10
+cifar10: .venv/requirements.txt
+	$(RUN) train0.py --preset cifar10 $(DATA) --run_dir runs/cifar10/teacher --resume
+	$(RUN) train.py --preset cifar10 --teacher runs/cifar10/teacher --run_dir runs/cifar10/dmd2 --resume
+	$(RUN) sample.py --checkpoint runs/cifar10/teacher --out runs/cifar10/teacher.png
+	$(RUN) sample.py --checkpoint runs/cifar10/dmd2 --out runs/cifar10/student.png
+	$(RUN) evaluate.py --checkpoint runs/cifar10/teacher --num_images 10000 $(EVALUATE) --out runs/cifar10/teacher.json
+	$(RUN) evaluate.py --checkpoint runs/cifar10/dmd2 --num_images 10000 $(EVALUATE) --out runs/cifar10/student.json
 
 test: .venv/requirements-test.txt
 	$(RUN) -m ruff check .

@@ -63,6 +63,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_step_percent", type=cli.fraction, default=0.98, help=f"most {noise}")
     parser.add_argument("--generator_lr", type=cli.rate, default=1e-4, help="learning rate of feedforward_model")
     parser.add_argument("--guidance_lr", type=cli.rate, default=2e-4, help="learning rate of fake_unet")
+    parser.add_argument("--cls_head_lr", type=cli.rate, help="learning rate of the GAN's head; default: guidance_lr")
     parser.add_argument(
         "--ema_decay", type=cli.fraction, default=0.999, help="of the generator, per generator turn, at most (see EMA)"
     )
@@ -136,8 +137,13 @@ def main(argv=None):
     generator, guidance = model.feedforward_model, model.guidance_model
     ema = checkpoint.EMA(generator, args.ema_decay)
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, fused=True)
-    guidance_parameters = [p for p in guidance.parameters() if p.requires_grad]     # of fake_unet and cls_head
-    guidance_optimizer = torch.optim.Adam(guidance_parameters, lr=args.guidance_lr, fused=True)
+    guidance_lrs = {guidance.fake_unet: args.guidance_lr}
+    if gan:
+        guidance_lrs[guidance.cls_head] = args.cls_head_lr or args.guidance_lr
+    guidance_parameters = [p for network in guidance_lrs for p in network.parameters()]
+    guidance_optimizer = torch.optim.Adam(
+        [dict(params=list(network.parameters()), lr=lr) for network, lr in guidance_lrs.items()], fused=True
+    )
     weights = dict(
         loss_dm=1, gen_cls_loss=args.gen_cls_loss_weight, loss_fake=1, cls_loss=args.cls_loss_weight
     )
@@ -227,7 +233,8 @@ def main(argv=None):
         labels = rng.integers(0, len(classes) - 1, batch)                           # [B]
         factor = runtime.lr_factor(step, args)
         generator_optimizer.param_groups[0]["lr"] = args.generator_lr * factor
-        guidance_optimizer.param_groups[0]["lr"] = args.guidance_lr * factor
+        for group, lr in zip(guidance_optimizer.param_groups, guidance_lrs.values(), strict=True):
+            group["lr"] = lr * factor
         generator_turn = step % args.dfake_gen_update_ratio == 0
         with torch.set_grad_enabled(generator_turn), runtime.autocast(device, args.precision):
             x_gen = model.generate(z, labels, rng)                                  # [B, 3, 32, 32]

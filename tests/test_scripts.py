@@ -177,7 +177,8 @@ def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher
     flags = ["--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--steps", "4", *TINY]
     assert call(train, *flags) == 0 and asked == []                 # without a GAN no dataset is looked at,
     assert checkpoint.load(f"{tmp_path}/b")["settings"]["dataset"] == "folder"      # but evaluate.py will want to know
-    assert call(train, *flags, "--gen_cls_loss_weight", "3e-3", "--overwrite") == 0
+    gan = ["--gen_cls_loss_weight", "3e-3", "--cls_head_lr", "1e-5", "--warmup_steps", "0"]
+    assert call(train, *flags, *gan, "--overwrite") == 0
     assert asked == [("folder", tree, "train")]
     rows = [json.loads(line) for line in read(f"{tmp_path}/b/log.jsonl").splitlines()]
     assert {"loss_dm", "gen_cls_loss", "loss_fake", "cls_loss"} <= set(rows[0])
@@ -185,6 +186,7 @@ def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher
     head = [name for name in state["model"] if "cls_head" in name]
     parameters = checkpoint.load(teacher)["model_ema"]              # fake_unet and its head share one optimizer
     assert head and len(state["guidance_optimizer"]["state"]) == len(parameters) + len(head)
+    assert [group["lr"] for group in state["guidance_optimizer"]["param_groups"]] == [2e-4, 1e-5]
     for name in ("dataset", "data_dir"):
         assert state["settings"][name] == dict(dataset="folder", data_dir=tree)[name]
     assert call(train, "--run_dir", f"{tmp_path}/b", "--resume", "--gen_cls_loss_weight", "0", "--device", "cpu") == 2
