@@ -26,12 +26,15 @@ SETTINGS = {
         "--guidance_lr", "3e-3", "--ema_decay", "0.97", "--lr_schedule", "cosine", "--conditioning_sigma", "3",
     ],
 }
-GAN = ["--gen_cls_loss_weight", "3e-2", "--diffusion_gan_max_timestep", "600"]
+GAN = {
+    "shapes": ["--gen_cls_loss_weight", "3e-2", "--diffusion_gan_max_timestep", "600"],
+    "cifar10_jpeg": ["--gen_cls_loss_weight", "3e-3", "--cls_head_lr", "3e-4"],
+}
 ROWS = [                                            # name, flags, seeds
     ("DM loss alone (the seed's)", ["--gen_cls_loss_weight", "0"], (0, 1, 2)),
-    ("+ GAN", GAN, (0, 1, 2)),
-    ("+ GAN, 2 steps", [*GAN, "--num_denoising_steps", "2"], (0,)),
-    ("+ GAN, 4 steps", [*GAN, "--num_denoising_steps", "4"], (0,)),
+    ("+ GAN", [], (0, 1, 2)),
+    ("+ GAN, 2 steps", ["--num_denoising_steps", "2"], (0,)),
+    ("+ GAN, 4 steps", ["--num_denoising_steps", "4"], (0,)),
 ]
 
 
@@ -68,7 +71,8 @@ def main():
         for seed in seeds:
             run = work / f"{title.replace(' ', '_').replace(chr(39), '')}_{seed}"
             out = run.with_suffix(".json")
-            command = ["train.py", *SETTINGS[args.name], *flags, "--seed", str(seed)]
+            gan = GAN[args.name] if "GAN" in title else []
+            command = ["train.py", *SETTINGS[args.name], *gan, *flags, "--seed", str(seed)]
             if not out.exists():
                 paths = ["--teacher", args.teacher, "--run_dir", str(run), "--resume"]
                 paths += ["--data_dir", args.data_dir] if args.data_dir else []
