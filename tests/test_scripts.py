@@ -18,6 +18,7 @@ from PIL import Image
 
 import benchmark
 import checkpoint
+import cli
 import diffusion
 import evaluate
 import runtime
@@ -388,6 +389,30 @@ def test_images_depend_on_seed_and_index_alone(tmp_path, teacher):
         assert abs(images("--num_images", "12", *flags) - twelve).max() <= 1
     assert abs(images("--num_images", "4") - twelve[:4]).max() <= 1
     assert abs(images("--num_images", "12", "--seed", "1") - twelve).max() > 1
+
+
+def test_without_a_run_the_shipped_weights_are_taken_and_said(tmp_path, teacher, monkeypatch, capsys):
+    weights, work = tmp_path / "weights", tmp_path / "work"
+    weights.mkdir(), work.mkdir()
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    monkeypatch.chdir(work)
+    assert call(sample, "--device", "cpu") == 2                     # none are shipped, none are there
+    checkpoint.save(weights / "teacher.pt", checkpoint.weights_only(checkpoint.load(teacher)))
+    assert os.path.getsize(weights / "teacher.pt") < os.path.getsize(f"{teacher}/checkpoint.pt") / 5
+    capsys.readouterr()
+    assert call(train, *TINY, "--steps", "1", "--run_dir", "elsewhere") == 0
+    assert f"no run in runs/teacher: taking the shipped weights, {weights}/teacher.pt" in capsys.readouterr().out
+    student = checkpoint.load("elsewhere")
+    checkpoint.save(weights / "student.pt", checkpoint.weights_only(student))
+    assert call(sample, "--num_images", "2", "--npz", "a.npz", "--device", "cpu") == 0
+    assert f"{weights}/student.pt" in capsys.readouterr().out
+    assert call(sample, "--num_images", "2", "--npz", "b.npz", "--device", "cpu", "--checkpoint", "elsewhere") == 0
+    a, b = (np.load(name)["arr_0"].astype(int) for name in ("a.npz", "b.npz"))
+    assert abs(a - b).max() <= 2                    # half precision of the weights
+    assert call(sample, "--checkpoint", "nowhere", "--device", "cpu") == 2          # what is asked for is not replaced
+    shutil.copy(weights / "student.pt", work / "elsewhere" / "checkpoint.pt")
+    assert call(train, "--run_dir", "elsewhere", "--resume", "--device", "cpu") == 2
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_labels_by_name_and_number(tmp_path, teacher):
