@@ -201,9 +201,11 @@ def test_gan_losses_are_softplus_of_the_logits():
     x_gen, x_real = images(), torch.randn(4, 3, 32, 32)
     labels, real_labels = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])
     rng = StepRandom(5, 0)
-    sigma = guidance.sigmas[rng.integers(0, 999, 8, 1, 1, 1)]
-    x_t = torch.cat([x_gen, x_real]) + sigma * rng.normal(8, 3, 32, 32)
-    logits = guidance.logits(x_t, sigma, torch.cat([labels, real_labels])).detach()
+    logits = []
+    for x, y in ((x_gen, labels), (x_real, real_labels)):
+        sigma = guidance.sigmas[rng.integers(0, 999, 4, 1, 1, 1)]
+        logits.append(guidance.logits(x + sigma * rng.normal(4, 3, 32, 32), sigma, y).detach())
+    logits = torch.cat(logits)
     loss, log = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, StepRandom(5, 0))
     wanted = logits[:4].exp().log1p().mean() + (-logits[4:]).exp().log1p().mean()
     torch.testing.assert_close(loss, wanted)
