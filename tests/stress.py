@@ -84,18 +84,29 @@ def check(path, least):
     (path / "seen").write_text(str(step))
 
 
+def wait_for_save(run, since, pid):
+    """Wait until the run of process pid saves; it is the caller's to kill, so that it cannot end by itself."""
+    while (run / checkpoint.NAME).stat().st_mtime <= since:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended by itself"
+        time.sleep(0.01)
+
+
 def kill_often(name, script, argv, work, number, rng):
     """Kill a run at random moments and go on, until it has taken all its steps."""
     run, log = work / name, work / f"{name}.log"
     start = time.perf_counter()
     pid = forked(in_silence, script, [*argv, "--run_dir", str(run), "--steps", "1"], log)
     assert result(pid) == 0, log.read_text()
-    kills, seen, leftovers, during, moments = 0, 0, 0, dict(start=0, steps=0), []
+    kills, seen, leftovers, during = 0, 0, 0, dict(start=0, steps=0)
     # Enough steps that none of the lives reaches the end; the last one finishes what is left.
     while kills < number:
         pid = forked(in_silence, script, [*argv, "--run_dir", str(run), "--steps", "1000000", "--resume"], log)
-        moment = rng.uniform(0, 3.5)
-        time.sleep(moment)
+        # One kill in four at any moment of the start, the others within a second of its first new save.
+        if kills % 4 == 0:
+            time.sleep(rng.uniform(0, 3))
+        else:
+            wait_for_save(run, time.time(), pid)
+            time.sleep(rng.uniform(0, 1))
         os.kill(pid, signal.SIGKILL)
         assert result(pid) == -signal.SIGKILL, log.read_text()
         kills += 1
@@ -103,7 +114,6 @@ def kill_often(name, script, argv, work, number, rng):
         assert result(forked(check, run, seen)) == 0, f"after kill {kills}"
         before, seen = seen, int((run / "seen").read_text())
         during["steps" if seen > before else "start"] += 1
-        moments.append(moment)
     (run / "seen").unlink()
     steps = seen + 3
     pid = forked(in_silence, script, [*argv, "--run_dir", str(run), "--steps", str(steps), "--resume"], log)
@@ -132,7 +142,8 @@ def kills(args):
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        report = dict(what="SIGKILL at random moments, a save after every step, 8 channels", seed=args.seed)
+        what = "SIGKILL at random moments, most of them while stepping; a save after every step; 8 channels"
+        report = dict(what=what, seed=args.seed)
         report["train0"] = kill_often("train0", train0, TEACHER, work, args.number, rng)
         student = [*STUDENT, "--teacher", str(work / "train0")]
         report["train"] = kill_often("train", train, student, work, args.number, rng)
