@@ -28,11 +28,11 @@ def write(path, writer):
 
 @distributed.main_only
 def write_json(path, report, device):
-    """Write a dict of results as JSON, with the command, the code's commit and the machine that gave them."""
+    """Write a dict of results as JSON, with the command (its own or this one), the code's commit and the machine."""
     script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
     script = script.relative_to(root) if script.is_relative_to(root) else script.name
     command = shlex.join(["python", str(script), *sys.argv[1:]])
-    report = dict(report, command=command, git=git_commit(), **environment(device))
+    report = dict(report, command=report.get("command", command), git=git_commit(), **environment(device))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import call, teacher_flags
+import torch
+from conftest import ROOT, call, teacher_flags
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ import benchmark
 import cli
 import data
 import evaluate
+import records
 import sample
 import shapes_features
 import train
@@ -93,6 +95,19 @@ def files(folder):
 
 LIMITS = dict(train0=1, train=1, sample=1)         # runs for each flag
 SEEN = {}                                           # (script, flag) -> values that were run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures(request):
+    """Of a long run, what was tried and what failed."""
+    yield
+    if RUNS_PER_FLAG:
+        report = dict(
+            what="flags given wrong types, NaN, infinities and values out of range; each accepted value was run",
+            flags=len(FLAGS), values_run=sum(map(len, SEEN.values())), flags_failed=request.session.testsfailed,
+            command=f"DMD2_RUNS_PER_FLAG={RUNS_PER_FLAG} python -m pytest tests/test_flags.py",
+        )
+        records.write_json(ROOT / "results" / "stress_flags.json", report, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("name", "flag", "is_path"), FLAGS, ids=[f"{name} {flag}" for name, flag, _ in FLAGS])
