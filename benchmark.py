@@ -3,7 +3,7 @@
     python benchmark.py                                  # the 64-channel network on the best device
     python benchmark.py --channels 32 --batch_size 32 --modes fp32 bf16
 
-Times, each in float32 eager (contiguous), bf16 (channels_last) and bf16 compiled:
+Times, each in float32 eager (contiguous, no TF32), bf16 (channels_last) and bf16 compiled:
     teacher_step     forward, backward, Adam and EMA of train0.py
     generator_turn   of train.py: generate, DM loss, backward, Adam and EMA
     guidance_turn    of train.py: generate without gradient, fake loss, backward, Adam
@@ -184,17 +184,22 @@ def main(argv=None):
         with counter:
             parts(args, device, "fp32")[name]()
         flops[name] = counter.get_total_flops()
-    peak = {mode: matmul_peak(device, torch.float32 if mode == "fp32" else torch.bfloat16) for mode in args.modes}
+    peak = {}
+    for mode in args.modes:
+        runtime.allow_tf32(mode != "fp32")
+        peak[mode] = matmul_peak(device, torch.float32 if mode == "fp32" else torch.bfloat16)
 
     times = {(mode, name): [] for mode in args.modes for name in names}
     memory = {}
     for mode in args.modes:
+        runtime.allow_tf32(mode != "fp32")
         for name in names:
             functions[mode][name]()                 # warm-up; compiles
             memory[mode, name] = peak_memory(functions[mode][name], device)
     for _ in range(args.repeats):
         for name in names:
             for mode in args.modes:
+                runtime.allow_tf32(mode != "fp32")
                 times[mode, name].append(timed(functions[mode][name], device))
 
     table = {}

@@ -251,7 +251,18 @@ def dataset(args, state=None, split="train"):
     loaded = distributed.first_of_host(data.load, args.dataset, args.data_dir, split)
     if state and loaded.classes != state["classes"]:
         raise UsageError(f"the classes of --dataset {args.dataset} are not those of the checkpoint")
+    counts = loaded.labels.bincount(minlength=len(loaded.classes))
+    if counts.max() > 1.1 * counts.min() and distributed.MAIN:
+        few, many = counts.min(), counts.max()
+        print(f"note: the classes have {few} to {many} images; students learn as many of each", file=sys.stderr)
     return loaded
+
+
+def check_sampling(args, state):
+    """Raises UsageError if --guidance_scale asks for what the checkpoint cannot do when it is sampled."""
+    if args.guidance_scale != 1 and state["kind"] == "student":
+        raise UsageError("--guidance_scale is for teachers: a student keeps the guidance that it was distilled with")
+    check_guidance(args, state)
 
 
 def check_guidance(args, state):

@@ -45,7 +45,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--num_images", type=cli.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
     )
-    parser.add_argument("--batch_size", type=cli.count, default=250, help="images at a time; changes speed only")
+    parser.add_argument(
+        "--batch_size", type=cli.count, default=250, help="images at a time; moves nothing but, in bf16, roundings"
+    )
     parser.add_argument("--repeats", type=cli.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
     parser.add_argument(
@@ -92,6 +94,11 @@ def read_images(folder):
         return torch.from_numpy(np.stack(list(pool.map(data.read_image, paths)))).permute(0, 3, 1, 2).contiguous()
 
 
+def spread(values):
+    """The standard deviation of a sample, over sampling seeds; None of one value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = cli.device(args)
@@ -99,7 +106,7 @@ def main(argv=None):
     if args.checkpoint:
         state = checkpoint.load(args.checkpoint)
         digest = hashlib.sha256(checkpoint.find(args.checkpoint).read_bytes()).hexdigest()
-        cli.check_guidance(args, state)
+        cli.check_sampling(args, state)
         with cli.restoring(args.checkpoint):
             sample = sampling.sampler(state, device, args.num_steps, args.guidance_scale, args.compile)
     else:
@@ -126,7 +133,7 @@ def main(argv=None):
     n = len(given)
     names = {name: f"{name}@{n}" if n < 10_000 else name for name in runs[0] if name != "seed"}
     values = {
-        shown: dict(mean=float(np.mean([run[name] for run in runs])), std=float(np.std([run[name] for run in runs])))
+        shown: dict(mean=float(np.mean([run[name] for run in runs])), std=spread([run[name] for run in runs]))
         for name, shown in names.items()
     }
     report = dict(
@@ -138,13 +145,14 @@ def main(argv=None):
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"],
             evaluations=sampling.evaluations(state, args.num_steps), guidance_scale=args.guidance_scale,
+            bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),
         )
     records.write_json(args.out, report, device)
     if distributed.MAIN:
         for name, value in values.items():
-            spread = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
-            print(f"{name.upper():24} {value['mean']:10.4f}{spread}")
+            deviation = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
+            print(f"{name.upper():24} {value['mean']:10.4f}{deviation}")
         print(args.out)
 
 

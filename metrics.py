@@ -19,6 +19,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 import distributed
+import runtime
 import sampling
 from data import DataError
 
@@ -47,7 +48,8 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images, batch_size=250):
         """uint8 [N, 3, 32, 32] -> features float32 [N, D] and logits [N, K] or None, on the CPU."""
-        parts = [self.network(batch.to(self.device)) for batch in images.split(batch_size)]
+        with runtime.full_float32(self.device):     # within a training, too: as those of the cached reference
+            parts = [self.network(batch.to(self.device)) for batch in images.split(batch_size)]
         features = torch.cat([features.float().cpu() for features, _ in parts])
         logits = None if parts[0][1] is None else torch.cat([logits.float().cpu() for _, logits in parts])
         return features, logits
@@ -183,13 +185,16 @@ def distances(images, labels, real, extractor):
 class Validation:
     """Measures a network while it is trained: always the same noise, as many images of each class.
 
+    Not the noise of evaluate.py at the same seed: a checkpoint chosen by its distance on some images must be measured
+    on others.
+
     Args:
         dataset: the real images.
         num_images: generated ones per measurement; fewer than evaluate.py's least are for following one run only.
     """
 
     def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
-        self.extractor, self.seed, self.device = extractor, seed, device
+        self.extractor, self.seed, self.device = extractor, seed + 2**20, device
         self.labels = torch.arange(num_images) % len(dataset.classes)
         self.real = distributed.from_main(reference, dataset.images, extractor, cache_dir)
         self.key = f"{extractor.name.lower()}@{num_images}"

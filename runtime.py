@@ -47,10 +47,27 @@ def pick_device(name, precision="auto"):
             torch.cuda.set_device(device)           # events and collectives go by the current one
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    allow_tf32(precision != "fp32")
     torch.backends.cudnn.deterministic = True
     return device
+
+
+def allow_tf32(allowed):
+    """Whether the float32 products and convolutions of this process may round their factors to TF32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Context of what must not depend on --precision: no bf16, no TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    allow_tf32(False)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        allow_tf32(before)
 
 
 def has_fast_bf16(device):
@@ -63,10 +80,13 @@ def has_fast_bf16(device):
     return False
 
 
+def uses_bf16(device, precision):
+    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+
+
 def autocast(device, precision):
     """Context in which networks run: precision is "bf16", "tf32", "fp32" or "auto" (bf16 where it is fast)."""
-    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(device, precision) else contextlib.nullcontext()
 
 
 class StopSignal:

@@ -67,7 +67,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = cli.device(args)
     state = checkpoint.load(args.checkpoint)
-    cli.check_guidance(args, state)
+    cli.check_sampling(args, state)
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
     with cli.restoring(args.checkpoint):

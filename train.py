@@ -11,6 +11,7 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -216,7 +217,9 @@ def main(argv=None):
     def log_grid():
         with runtime.autocast(device, args.precision):
             images = draw(grid_noise(0), grid_labels, grid_noise)
-            _, log = model.generator_turn(images, grid_labels, StepRandom(args.seed, 0, device))
+            # A grid is not worth compiling for, with a batch size of its own.
+            with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
+                _, log = model.generator_turn(images, grid_labels, StepRandom(args.seed, 0, device))
         run.grid(step, "teacher_student", rows, teacher_grid, images)
         run.grid(step, "dm_gradient", rows, log["grad"] / 4 / log["grad"].std())
 

@@ -20,6 +20,7 @@ import checkpoint
 import data
 import evaluate
 import metrics
+import runtime
 import shapes
 import shapes_features
 import train
@@ -78,6 +79,19 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     fd = metrics.fid_statistics_to_metric(metrics.summary(torch.from_numpy(one)), real, verbose=False)
     assert fd[metrics.KEY_METRIC_FID] == pytest.approx(2 + (1 - 3) ** 2 + (2 - 0.5) ** 2, rel=0.02)
     assert len(real["features"]) == metrics.NEIGHBOURS_IMAGES and real["n"] == 100_000 and identity.name == "FD"
+
+
+def test_features_do_not_depend_on_the_precision_around_them(drawn, extractor):
+    plain = extractor(drawn[0][:16])[0]
+    runtime.allow_tf32(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(extractor(drawn[0][:16])[0], plain)
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.bfloat16        # as it was around it
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+
+
+def test_a_spread_is_that_of_a_sample_and_one_value_has_none():
+    assert evaluate.spread([1.0]) is None and evaluate.spread([1.0, 3.0]) == pytest.approx(2**0.5)
 
 
 def test_class_accuracy_counts_the_wanted_classes(extractor):

@@ -211,6 +211,19 @@ def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, t
         assert call(sample, "--checkpoint", a, "--guidance_scale", scale, "--num_steps", "2", *paths) == 0
         images.append(np.load(f"{tmp_path}/x.npz")["arr_0"])
     assert not np.array_equal(images[2], images[3]) and not np.array_equal(images[3], images[4])
+    capsys.readouterr()
+    assert call(sample, "--checkpoint", b, "--guidance_scale", "2", *paths) == 2         # it would do nothing
+    assert "--guidance_scale is for teachers" in capsys.readouterr().err
+
+
+def test_classes_of_unequal_size_are_said(tmp_path, tree, capsys):
+    flags = teacher_flags(tree)
+    assert call(train0, *flags, "--run_dir", f"{tmp_path}/a", "--steps", "1") == 0
+    assert "note:" not in capsys.readouterr().err
+    folder = shutil.copytree(tree, tmp_path / "tree")
+    sorted(next(path for path in sorted(folder.iterdir()) if path.is_dir()).iterdir())[0].unlink()
+    assert call(train0, *teacher_flags(str(folder)), "--run_dir", f"{tmp_path}/b", "--steps", "1") == 0
+    assert "note: the classes have" in capsys.readouterr().err
 
 
 def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is_saved(tmp_path, tree, monkeypatch):
