@@ -11,14 +11,17 @@ Times, each in float32 eager (contiguous, no TF32), bf16 (channels_last) and bf1
     loop             what a step does beside its network: random numbers, a batch of the dataset, the meter
     sample_one_step  one evaluation an image
     sample_heun      18 Heun steps, 35 evaluations an image
-The modes take turns, so that a slow minute of the machine is shared; medians and quartiles of the repeats.
+The modes take turns, so that a slow minute of the machine is shared; medians and quartiles of the repeats. Of the eager
+modes also the operators that take most of the time.
 """
 
+import copy
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -63,11 +66,12 @@ def parts(args, device, mode):
     model = UnifiedModel(teacher).to(device, memory_format=memory_format)
     teacher = teacher.to(device, memory_format=memory_format)
     generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
+    sampled = copy.deepcopy(teacher).eval().requires_grad_(False)                   # as checkpoint.ema_model gives it
     trained = (teacher, generator, fake_unet)
     optimizers = {net: torch.optim.Adam(net.parameters(), lr=1e-6, fused=True) for net in trained}
     emas = {net: checkpoint.EMA(net, 0.999) for net in (teacher, generator)}
     if compiled:
-        for net in (teacher, generator, fake_unet, model.guidance_model.real_unet):
+        for net in (teacher, generator, fake_unet, model.guidance_model.real_unet, sampled):
             net.compile()
     images = torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8)
     dataset = data.Dataset(images, torch.arange(10_000) % 10, [str(i) for i in range(10)])
@@ -121,11 +125,11 @@ def parts(args, device, mode):
     @torch.no_grad()
     def sample_one_step():
         with autocast():
-            diffusion.few_step_sample(generator, z, labels, [80.0], None)
+            diffusion.few_step_sample(sampled, z, labels, [80.0], None)
 
     def sample_heun():
         with autocast():
-            diffusion.heun_sample(teacher, z, labels, 18)
+            diffusion.heun_sample(sampled, z, labels, 18)
 
     return dict(
         teacher_step=lambda: train(teacher), generator_turn=generator_turn, guidance_turn=guidance_turn,
@@ -165,6 +169,18 @@ def peak_memory(function, device):
         return None
 
 
+def operators(function, device, most=10):
+    """The operators that take most of the time of one call: name -> share of it that is their own."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as seen:
+        function()
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, own) for event in seen.key_averages()}
+    total = sum(times.values())
+    largest = sorted(times, key=times.get, reverse=True)[:most]
+    return {name: round(times[name] / total, 4) for name in largest} if total else {}
+
+
 def matmul_peak(device, dtype, n=2048):
     """Measured FLOP/s of a large matrix product, the best of ten."""
     n = 8192 if device.type == "cuda" else n
@@ -190,12 +206,14 @@ def main(argv=None):
         peak[mode] = matmul_peak(device, torch.float32 if mode == "fp32" else torch.bfloat16)
 
     times = {(mode, name): [] for mode in args.modes for name in names}
-    memory = {}
+    memory, shares = {}, {}
     for mode in args.modes:
         runtime.allow_tf32(mode != "fp32")
         for name in names:
             functions[mode][name]()                 # warm-up; compiles
             memory[mode, name] = peak_memory(functions[mode][name], device)
+            if mode != "compiled":
+                shares.setdefault(mode, {})[name] = operators(functions[mode][name], device)
     for _ in range(args.repeats):
         for name in names:
             for mode in args.modes:
@@ -221,7 +239,7 @@ def main(argv=None):
         what="medians and quartiles; modes in turn; fraction of this machine's measured matrix product",
         channels=args.channels, batch_size=args.batch_size, repeats=args.repeats, seed=args.seed,
         gflop_per_image={name: round(value / args.batch_size / 1e9, 6) for name, value in flops.items()},
-        modes=table, seconds=round(time.perf_counter() - start, 1),
+        modes=table, operators=shares, seconds=round(time.perf_counter() - start, 1),
     )
     records.write_json(args.out, report, device)
     print(args.out)

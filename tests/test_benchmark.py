@@ -19,6 +19,10 @@ def test_every_part_is_timed_in_every_mode_and_the_arithmetic_is_counted(tmp_pat
             low, high = mode[name]["quartiles_ms"]
             assert 0 < low <= mode[name]["ms"] <= high
             assert mode[name]["images_per_second"] == pytest.approx(2000 / mode[name]["ms"], rel=0.05)
+    for shares in (shares for mode in report["operators"].values() for shares in mode.values()):
+        assert 0.1 < sum(shares.values()) <= 1.001 and list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert "aten::convolution_backward" in report["operators"]["bf16"]["teacher_step"]
+    assert not any("backward" in name for name in report["operators"]["bf16"]["sample_heun"])
     # In units of one forward: Heun 35; a training step 3, but for the first layer, which has no gradient to pass on.
     one = flops["sample_one_step"]
     assert flops["sample_heun"] == pytest.approx(35 * one, rel=0.01) and flops["loop"] == 0
