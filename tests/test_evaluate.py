@@ -180,7 +180,7 @@ def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_
     report = json.loads(Path(out).read_text())
     assert [r["seed"] for r in report["runs"]] == [0, 1] and report["runs"][0]["fd"] != report["runs"][1]["fd"]
     values = [r["fd"] for r in report["runs"]]
-    assert report["metrics"][f"fd@{N}"] == dict(mean=np.mean(values), std=np.std(values))
+    assert report["metrics"][f"fd@{N}"] == dict(mean=np.mean(values), std=np.std(values, ddof=1))
     assert report["checkpoint"]["evaluations"] == 1 and report["checkpoint"]["step"] == 1
     assert len(report["checkpoint"]["sha256"]) == 64
 
