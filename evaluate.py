@@ -144,7 +144,8 @@ def main(argv=None):
     if state:
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"],
-            evaluations=sampling.evaluations(state, args.num_steps), guidance_scale=args.guidance_scale,
+            evaluations=sampling.evaluations(state, args.num_steps, args.guidance_scale),
+            guidance_scale=args.guidance_scale,
             bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),
         )

@@ -14,9 +14,14 @@ from data import to_uint8
 from randomness import image_noise
 
 
-def evaluations(state, num_steps):
-    """Network evaluations per image (NFE): a student's one per noise level, or the 2 n - 1 of n Heun steps."""
-    return len(state["denoising_sigmas"]) if state["kind"] == "student" else 2 * num_steps - 1
+def evaluations(state, num_steps, guidance_scale=1.0):
+    """Network evaluations per image (NFE): a student's one per noise level, or the 2 n - 1 of n Heun steps.
+
+    Guidance doubles those, as the teacher is then asked with the class and without.
+    """
+    if state["kind"] == "student":
+        return len(state["denoising_sigmas"])
+    return (2 * num_steps - 1) * (1 if guidance_scale == 1 else 2)
 
 
 def sampler(state, device, num_steps=18, guidance_scale=1.0, compile=False):

@@ -207,8 +207,9 @@ def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, t
         assert "4 evaluations each" in capsys.readouterr().out
         images.append(np.load(f"{tmp_path}/x.npz")["arr_0"].astype(int))
     assert abs(images[0][:4] - images[1]).max() <= 1                # the noise between steps goes by image as well
-    for scale in ("0", "1", "3"):
+    for scale, evaluations in (("0", 6), ("1", 3), ("3", 6)):
         assert call(sample, "--checkpoint", a, "--guidance_scale", scale, "--num_steps", "2", *paths) == 0
+        assert f" {evaluations} evaluations each" in capsys.readouterr().out
         images.append(np.load(f"{tmp_path}/x.npz")["arr_0"])
     assert not np.array_equal(images[2], images[3]) and not np.array_equal(images[3], images[4])
     capsys.readouterr()
