@@ -5,6 +5,7 @@
     net = checkpoint.ema_model(state)
 """
 
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -89,11 +90,26 @@ def load(path, kind=None):
         raise CheckpointError(f"{file} is not a checkpoint of this project ({FORMAT})")
     if "conditioning_sigma" in state:               # a student saved before there were several steps
         state.setdefault("denoising_sigmas", [state["conditioning_sigma"]])
-    if state.get("kind") not in KINDS or any(key not in state for key in KINDS[state["kind"]]):
+    if state.get("kind") not in list(KINDS) or any(key not in state for key in KINDS[state["kind"]]):
         raise CheckpointError(f"{file} is incomplete")
+    if not consistent(state):
+        raise CheckpointError(f"{file} contradicts itself: its classes, noise levels or step are not what they can be")
     if kind and state["kind"] != kind:
         raise CheckpointError(f"{file} holds a {state['kind']}, but a {kind} is needed")
     return state
+
+
+def consistent(state):
+    """Whether what scripts take for granted is so: the fields beside the weights, which the network checks itself."""
+    classes, config, levels = state["classes"], state["model_config"], state.get("denoising_sigmas", [1.0])
+    numbers = [state["step"], state["sigma_min"], state["sigma_max"], *(levels if isinstance(levels, list) else [None])]
+    return (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        and isinstance(config, dict) and config.get("label_dim") == len(classes) > 0
+        and isinstance(state.get("settings", {}), dict) and isinstance(state["step"], int)
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        and state["step"] >= 0 and 0 <= state["sigma_min"] < state["sigma_max"] and levels and min(levels) > 0
+    )
 
 
 def weights_only(state):

@@ -119,7 +119,7 @@ def main(argv=None):
     extractor = cli.extractor(args, device)
 
     start = time.perf_counter()
-    real = distributed.from_main(metrics.reference, dataset.images, extractor, args.cache_dir)
+    real = distributed.main_only(metrics.reference)(dataset.images, extractor, args.cache_dir)
     runs, making = [], 0.0
     for seed in range(args.seed, args.seed + args.repeats):
         if state:

@@ -7,7 +7,9 @@
 
 import hashlib
 import io
+import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -25,8 +27,8 @@ from data import DataError
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-NEIGHBOURS_IMAGES = 10_000                          # KID, precision and recall look at so many images of each set
 KID_SUBSET = 1000
+VALIDATION_NEIGHBOURS = 10_000                      # real images that precision and recall look at during a training
 
 
 class MetricsError(DataError):
@@ -94,8 +96,7 @@ def exported(path, device):
     """
     try:
         content = Path(path).read_bytes()
-        refuse_pickles(content)
-        program = torch.export.load(io.BytesIO(content)).module().to(device)
+        program = torch.export.load(without_pickles(content)).module().to(device)
         out = program(torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=device))
         features, logits = out if isinstance(out, tuple | list) else (out, None)
         if features.ndim != 2 or len(features) != 4 or (logits is not None and logits.ndim != 2):
@@ -108,39 +109,62 @@ def exported(path, device):
     return Extractor("FD", hashlib.sha256(content).hexdigest(), network, device)
 
 
-def refuse_pickles(content):
-    """Raises ValueError where torch.export.load would unpickle what a program may have been put into."""
+# What torch.export.save writes into its archive where all that a program holds are tensors.
+MEMBERS = re.compile(
+    r"data/(weights/(weight_\d+|model_weights_config\.json)|constants/(tensor_\d+|model_constants_config\.json)"
+    r"|sample_inputs/model\.pt)|models/model\.json|archive_format|archive_version|byteorder|\.data/\w+"
+)
+
+
+def without_pickles(content):
+    """A copy of the archive that torch.export.load cannot unpickle anything from, to be loaded in its place.
+
+    Its reader unpickles in half a dozen places (objects among the constants, members of older formats, compiled
+    code): so known members are let through, and known entries, instead of looking for bad ones.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    members = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        names = archive.namelist()
-        if not any(name.endswith("/archive_format") for name in names):
-            raise ValueError("not saved by torch >= 2.9")
-        for name in names:
-            if name.endswith("_config.json") and '"use_pickle": true' in archive.read(name).decode():
+        for name in archive.namelist():
+            member = name.partition("/")[2]
+            if not MEMBERS.fullmatch(member):
+                raise ValueError(f"{name} in it is not what torch >= 2.9 saves of a program and its tensors")
+            members[member] = archive.read(name)
+    for kind in ("weights", "constants"):
+        for entry in json.loads(members[f"data/{kind}/model_{kind}_config.json"])["config"].values():
+            if entry["use_pickle"] is not False or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
                 raise ValueError("it holds pickled objects")
-            if "/sample_inputs/" in name:
-                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+    torch.load(io.BytesIO(members["data/sample_inputs/model.pt"]), weights_only=True)
+    copy = io.BytesIO()
+    with zipfile.ZipFile(copy, "w") as archive:
+        for member, data in members.items():
+            archive.writestr(f"archive/{member}", data)
+    copy.seek(0)
+    return copy
 
 
-def some(features, seed=0):
-    """At most NEIGHBOURS_IMAGES of the rows, drawn without order kept."""
-    if len(features) <= NEIGHBOURS_IMAGES:
+def some(features, most, seed=0):
+    """At most so many of the rows, drawn without order kept."""
+    if most is None or len(features) <= most:
         return features
-    return features[np.random.default_rng(seed).permutation(len(features))[:NEIGHBOURS_IMAGES]]
+    return features[np.random.default_rng(seed).permutation(len(features))[:most]]
 
 
 def summary(features):
-    """What the distances need of a set: mu [D] and sigma [D, D] of all features, float64, and some of the features."""
-    return dict(fid_features_to_statistics(features.double()), features=some(features), n=len(features))
+    """What the distances need of a set: its features [N, D], and their mu [D] and sigma [D, D] in float64."""
+    return dict(fid_features_to_statistics(features.double()), features=features)
 
 
 def reference(images, extractor, cache_dir):
     """summary() of a dataset's images, uint8 [N, 3, 32, 32], read from cache_dir if these images were there before."""
-    digest = hashlib.sha256(extractor.identity.encode())
+    digest = hashlib.sha256(f"all features, {extractor.identity}".encode())          # an older cache kept some
     digest.update(images.contiguous().numpy())
     path = Path(cache_dir).expanduser() / f"{digest.hexdigest()[:32]}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file, features=torch.from_numpy(file["features"]), n=int(file["n"]))
+            return dict(file, features=torch.from_numpy(file["features"]))
     except Exception:                               # not there yet, or damaged: made anew
         real = summary(extractor(images)[0])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,17 +178,19 @@ def reference(images, extractor, cache_dir):
     return real
 
 
-def distances(images, labels, real, extractor):
+def distances(images, labels, real, extractor, neighbours=None):
     """Metrics of generated images against a reference.
 
     Args:
         images: uint8 [N, 3, 32, 32].
         labels: the classes they were generated for, [N], or None.
         real: the dataset's summary().
+        neighbours: how many images of each set precision and recall look at, whose time is their square; None: all.
 
     Returns:
-        a dict of floats: fid or fd (Frechet distance), kid (mean of 100 subsets), precision, recall; for Inception the
-        inception_score; for a classifier's logits the class_accuracy.
+        a dict of floats: fid or fd (Frechet distance), kid (mean of 100 subsets), precision and recall (in the same
+        features, as in guided-diffusion's evaluation; torch-fidelity's own default for these two is VGG); for Inception
+        the inception_score; for a classifier's logits the class_accuracy.
     """
     features, logits = extractor(images)
     generated = summary(features)
@@ -173,8 +199,9 @@ def distances(images, labels, real, extractor):
     subset = min(KID_SUBSET, len(one), len(two))
     kid = kid_features_to_metric(one, two, kid_subset_size=subset, verbose=False)
     values["kid"] = kid["kernel_inception_distance_mean"]
-    neighbours = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
-    values.update(precision=neighbours["precision"], recall=neighbours["recall"])
+    one, two = some(one, neighbours), some(two, neighbours)
+    manifold = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    values.update(precision=manifold["precision"], recall=manifold["recall"])
     if extractor.name == "FID":
         values["inception_score"] = isc_features_to_metric(logits)["inception_score_mean"]
     elif logits is not None and labels is not None:
@@ -196,12 +223,14 @@ class Validation:
     def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
         self.extractor, self.seed, self.device = extractor, seed + 2**20, device
         self.labels = torch.arange(num_images) % len(dataset.classes)
-        self.real = distributed.from_main(reference, dataset.images, extractor, cache_dir)
+        self.real = distributed.main_only(reference)(dataset.images, extractor, cache_dir)
         self.key = f"{extractor.name.lower()}@{num_images}"
         self.of = f"{self.key} in {extractor.identity}"         # distances of another kind do not compare
 
     def __call__(self, sample):
         """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""
         images = sampling.generate(sample, self.seed, self.labels, 250, self.device)
-        values = distributed.from_main(distances, images, self.labels, self.real, self.extractor)
+        values = distributed.from_main(
+            distances, images, self.labels, self.real, self.extractor, VALIDATION_NEIGHBOURS
+        )
         return {f"{name}@{len(images)}": value for name, value in values.items()}

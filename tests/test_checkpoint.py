@@ -119,6 +119,21 @@ def test_the_wrong_kind_is_refused(tmp_path):
         checkpoint.load(tmp_path, kind="student")
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("classes", ["a", "b"]), ("classes", ["a", "b", "c", "d"]), ("classes", 3), ("classes", [1, 2, 3]), ("classes", []),
+    ("model_config", None), ("model_config", {}), ("step", -1), ("step", "5"), ("sigma_min", 90.0), ("sigma_max", "80"),
+    ("sigma_max", float("nan")), ("denoising_sigmas", "x"), ("denoising_sigmas", []), ("denoising_sigmas", 80.0),
+    ("denoising_sigmas", [0.0]), ("settings", [1]), ("kind", ["teacher"]),
+])
+def test_fields_that_cannot_be_are_refused(tmp_path, key, value):
+    whole = teacher_state() | dict(kind="student", denoising_sigmas=[80.0], settings={})
+    checkpoint.save(tmp_path / "whole.pt", whole)
+    assert checkpoint.load(tmp_path / "whole.pt")["step"] == 5
+    checkpoint.save(tmp_path / "x.pt", whole | {key: value})
+    with pytest.raises(checkpoint.CheckpointError, match=r"x\.pt (contradicts itself|is incomplete)"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
 def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
     net = torch.nn.Linear(1, 1, bias=False)
     ema, expected = checkpoint.EMA(net, decay=0.9), net.weight.item()

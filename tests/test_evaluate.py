@@ -1,5 +1,6 @@
 """evaluate.py and metrics.py against known answers and against torch-fidelity's own entry point."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from conftest import TINY, call, export, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import checkpoint
 import data
@@ -74,11 +76,9 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     # |mu_1 - mu_2|^2 + sum((s_1 - s_2)^2) for diagonal covariances
     rng = np.random.default_rng(0)
     one, two = rng.standard_normal((2, 100_000, 2)) * [[[1.0, 2.0]], [[3.0, 0.5]]] + [[[0, 0]], [[1, -1]]]
-    identity = metrics.Extractor("FD", "", lambda images: (images, None), "cpu")
     real = metrics.summary(torch.from_numpy(two[:, :]))
     fd = metrics.fid_statistics_to_metric(metrics.summary(torch.from_numpy(one)), real, verbose=False)
     assert fd[metrics.KEY_METRIC_FID] == pytest.approx(2 + (1 - 3) ** 2 + (2 - 0.5) ** 2, rel=0.02)
-    assert len(real["features"]) == metrics.NEIGHBOURS_IMAGES and real["n"] == 100_000 and identity.name == "FD"
 
 
 def test_features_do_not_depend_on_the_precision_around_them(drawn, extractor):
@@ -105,7 +105,20 @@ def test_class_accuracy_counts_the_wanted_classes(extractor):
     assert metrics.distances(images, asked, real, extractor)["class_accuracy"] == 0.75
 
 
-def test_torch_fidelitys_own_command_agrees(drawn, extractor, tmp_path, flags):
+class Images(torch.utils.data.Dataset):
+    """What torch-fidelity takes."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def test_torch_fidelity_itself_agrees(drawn, extractor, tmp_path, flags):
     class Registered(FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
@@ -121,16 +134,6 @@ def test_torch_fidelitys_own_command_agrees(drawn, extractor, tmp_path, flags):
         def forward(self, images):
             return (extractor.network(images)[0],)
 
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images):
-            self.images = images
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, i):
-            return self.images[i]
-
     images, _ = drawn
     one = (images[:N].float() * 0.8 + 20).to(torch.uint8)                           # near, but not the same
     torch_fidelity.register_feature_extractor("of-this-test", Registered)
@@ -141,6 +144,36 @@ def test_torch_fidelitys_own_command_agrees(drawn, extractor, tmp_path, flags):
     ours = metrics.distances(one, None, metrics.summary(extractor(images[N:])[0]), extractor)
     assert ours["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
+
+
+def test_inception_is_torch_fidelitys(drawn, tmp_path, monkeypatch):
+    # Its weights cannot be had everywhere: random ones of its architecture, put where the downloaded ones are.
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.save({}, tmp_path / "none.pt")
+        random = FeatureExtractorInceptionV3("random", ["2048"], str(tmp_path / "none.pt"))
+    for parameter in random.parameters():
+        if parameter.ndim == 4:
+            nn.init.kaiming_normal_(parameter)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    place = tmp_path / "hub" / "checkpoints" / metrics.INCEPTION_FILE
+    place.parent.mkdir(parents=True)
+    torch.save(random.state_dict(), place)
+    one, two = drawn[0][:16], 255 - drawn[0][16:32]
+    inception = metrics.inception(torch.device("cpu"))
+    ours = metrics.distances(one, None, metrics.summary(inception(two)[0]), inception)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(one), input2=Images(two), feature_extractor=metrics.INCEPTION, isc=True, fid=True, kid=True,
+        feature_extractor_weights_path=str(place), kid_subset_size=16, prc=True, cuda=False, cache=False,
+        verbose=False, save_cpu_ram=True,
+    )
+    assert set(ours) == {"fid", "kid", "precision", "recall", "inception_score"} and ours["fid"] > 0
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
+    assert ours["inception_score"] > 1
     assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
 
 
@@ -168,7 +201,7 @@ def test_a_damaged_cache_is_made_anew(drawn, extractor, tmp_path):
         again = metrics.reference(drawn[0], extractor, tmp_path)
         assert np.array_equal(first["sigma"], again["sigma"]) and torch.equal(first["features"], again["features"])
     other = metrics.reference(drawn[0][:N], extractor, tmp_path)
-    assert other["n"] == N and len(list(tmp_path.iterdir())) == 2
+    assert len(other["features"]) == N and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_path, flags):
@@ -196,18 +229,65 @@ def test_a_folder_of_images_is_measured(drawn, tmp_path, flags):
     assert values[0] == values[1]
 
 
-def pickled(path, source):
-    """A copy of an exported program whose sample inputs are a pickle that would make the file PWNED."""
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(path) + "_PWNED",)
+class Evil:
+    """Unpickled, it makes a folder."""
 
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def saved(value):
     buffer = io.BytesIO()
-    torch.save(Evil(), buffer, pickle_module=pickle)
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, buffer.getvalue() if "sample_inputs" in name else old.read(name))
+    torch.save(value, buffer, pickle_module=pickle)
+    return buffer.getvalue()
+
+
+WAYS_IN = {                                         # all of torch.export.load's, and an old format of its
+    "sample_inputs": lambda names, config, evil: ({"data/sample_inputs/model.pt": saved(evil)}, config),
+    "legacy_weights": lambda names, config, evil: ({"data/weights/model.pt": saved(evil)}, config),
+    "legacy_constants": lambda names, config, evil: ({"data/constants/model.pt": saved(evil)}, config),
+    "flagged": lambda names, config, evil: ({f"data/weights/{names[0]}": saved(evil)}, config | {"use_pickle": True}),
+    "flagged_1": lambda names, config, evil: ({f"data/weights/{names[0]}": saved(evil)}, config | {"use_pickle": 1}),
+    "custom": lambda names, config, evil: (
+        {"data/constants/custom_obj_0": saved(evil)}, config | {"path_name": "custom_obj_0"}),
+    "opaque": lambda names, config, evil: (
+        {"data/constants/opaque_obj_0": pickle.dumps(evil)}, config | {"path_name": "opaque_obj_0"}),
+    "compiled": lambda names, config, evil: ({"data/aotinductor/model/x.so": b"code"}, config),
+    "old_format": lambda names, config, evil: ({"serialized_state_dict.pt": saved(evil), "version": b"8.1"}, config),
+}
+
+
+def smuggle(path, source, way):
+    """A copy of an exported program that unpickles an Evil if torch's reader gets as far."""
+    with zipfile.ZipFile(source) as archive:
+        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    of = "constants" if way in ("custom", "opaque") else "weights"
+    configs = {kind: json.loads(members[f"data/{kind}/model_{kind}_config.json"]) for kind in ("weights", "constants")}
+    first, entry = next(iter(configs["weights"]["config"].items()))
+    more, entry = WAYS_IN[way]([entry["path_name"]], entry, Evil(f"{path}_PWNED"))
+    configs[of]["config"][first] = entry
+    members[f"data/{of}/model_{of}_config.json"] = json.dumps(configs[of], separators=(",", ":")).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (members | more).items():
+            archive.writestr(f"archive/{name}", content)
     return str(path)
+
+
+@pytest.mark.parametrize("way", list(WAYS_IN))
+def test_a_feature_network_with_a_pickle_in_it_is_refused_and_not_run(tmp_path, features, way):
+    with pytest.raises(metrics.MetricsError, match=r"evil\.pt2 is no feature network"):
+        metrics.exported(smuggle(tmp_path / "evil.pt2", features, way), "cpu")
+    assert os.listdir(tmp_path) == ["evil.pt2"]
+
+
+def test_the_smuggled_pickles_would_run_in_torch_itself(tmp_path, features):
+    path = smuggle(tmp_path / "evil.pt2", features, "legacy_weights")
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
+    assert (tmp_path / "evil.pt2_PWNED").is_dir()
 
 
 def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, capsys, drawn, tree, monkeypatch):
@@ -219,7 +299,7 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
     np.savez(tmp_path / "pickle.npz", np.array([{}], dtype=object))
     enough = write_npz(tmp_path / "enough.npz", drawn[0][:N])
     wide = export(tmp_path / "wide.pt2", nn.Conv2d(3, 1, 3), torch.zeros(4, 3, 32, 32))
-    evil = pickled(tmp_path / "evil.pt2", features)
+    evil = smuggle(tmp_path / "evil.pt2", features, "sample_inputs")
     shapes_flag, basic = ["--dataset", "shapes"], flags[2:]
     assert call(train0, *teacher_flags(tree), "--run_dir", "run", "--steps", "1") == 0
     wrong = [
