@@ -20,7 +20,7 @@ import distributed
 from checkpoint import CheckpointError
 from data import DATASETS, DataError
 from distributed import OutOfStepError
-from runtime import NonFiniteError, RunInUseError, pick_device
+from runtime import NonFiniteError, RunInUseError, pick_device, stamp
 
 
 class UsageError(Exception):
@@ -185,7 +185,7 @@ def or_shipped(path, default, name):
     return str(shipped)
 
 
-SESSION_FLAGS = ("run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
+SESSION_FLAGS = ("found", "run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
 
 
 def settings(args):
@@ -209,6 +209,7 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         if args.preset not in presets:
             raise UsageError(f"unknown preset {args.preset!r}: choose one of {', '.join(presets)}")
         parser.set_defaults(**presets[args.preset])
+    seen = stamp(args.run_dir)                      # before it is read
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
     if found and not args.resume and not args.overwrite:
         raise UsageError(f"{args.run_dir} holds a run already: give --resume, --overwrite, or another --run_dir")
@@ -233,6 +234,7 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         if getattr(args, name) != state["settings"].get(name):
             saved = state["settings"].get(name)
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
+    args.found = seen
     return args, state
 
 

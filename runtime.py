@@ -186,16 +186,30 @@ class RunInUseError(Exception):
     """Another process writes to the run folder; the message names both."""
 
 
+def stamp(path):
+    """What tells one save of the checkpoint in a run folder from the next; None where there is none."""
+    try:
+        found = os.stat(Path(path) / "checkpoint.pt")
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 class RunFolder:
     """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png; of several processes one writes.
 
+    Args:
+        start_step: of the checkpoint that the run goes on from; what was logged later is taken back.
+        fresh: whether the logs start anew.
+        found: stamp() of the folder at the time when that was decided.
+
     Raises:
-        RunInUseError: another process is at work on this folder.
+        RunInUseError: another process is at work on this folder, or was since.
         OSError: the folder cannot be made or written.
     """
 
-    def __init__(self, path, start_step, fresh):
-        self.path = Path(path)
+    def __init__(self, path, start_step, fresh, found):
+        self.path, self.start_step = Path(path), start_step
         if not distributed.MAIN:
             return
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
@@ -205,6 +219,8 @@ class RunFolder:
         except OSError as error:
             self.lock.seek(0)
             raise RunInUseError(f"{path} is being written by {self.lock.read().strip()}") from error
+        if stamp(path) != found:                    # by a run that has ended while this one started
+            raise RunInUseError(f"another process has saved to {path} just now: start again")
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
         self.lock.flush()
@@ -215,11 +231,14 @@ class RunFolder:
         for file in (file for pattern in old for file in self.path.glob(pattern)):
             file.unlink()
         # A run killed between a save and now has logged steps that are about to be taken again: drop those.
+        lines = []
         if self.log_path.exists():
             lines = [line for line in self.log_path.read_text().splitlines() if json_step(line) <= start_step]
             temporary = self.path / "log.jsonl.tmp"
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, self.log_path)
+        # What it measured after its last save is taken again: log that once.
+        self.logged = [set(json.loads(line)) for line in lines if json_step(line) == start_step]
         # TensorBoard's writer thread prints its failure and raises it again in the main thread: once is enough.
         threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
@@ -239,12 +258,14 @@ class RunFolder:
 
     @distributed.main_only
     def scalars(self, step, values):
+        if step == self.start_step and {"step", *values} in self.logged:
+            return
         with self.writing():
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(dict(step=step, **values)) + "\n")
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()                      # before the checkpoint of this step, or a kill would leave a gap
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(dict(step=step, **values)) + "\n")
 
     @distributed.main_only
     def grid(self, step, name, rows, *panels):

@@ -95,7 +95,7 @@ def main(argv=None):
         best = dict(distance=math.inf, step=0, of=validation.of)
     batches = data.Batches(dataset, args.batch_size, args.seed, device, distributed.RANK, distributed.WORLD)
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
-    run = runtime.RunFolder(args.run_dir, step, fresh)
+    run = runtime.RunFolder(args.run_dir, step, fresh, args.found)
     stop = runtime.StopSignal(args.max_minutes)
 
     def save(name=checkpoint.NAME):
@@ -133,11 +133,18 @@ def main(argv=None):
         with runtime.autocast(device, args.precision):
             values = validation(draw)
         run.scalars(step, values)
-        if values[validation.key] < best["distance"]:
-            best.update(distance=values[validation.key], step=step)
+        better = values[validation.key] < best["distance"]
+        best.update(dict(distance=values[validation.key], step=step) if better else {}, measured=step)
+        if better:
             save("best.pt")
+        save()
+
+    def due():
+        return validation and (step % args.eval_every == 0 or step == args.steps)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
+    if step and due() and best.get("measured") != step:
+        measure()                                   # the run was killed while it did
     meter.rate(step)                                # speed counts from here
     bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=not distributed.MAIN)
     while step < args.steps and not stop:
@@ -180,7 +187,7 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
-            if validation and (step % args.eval_every == 0 or step == args.steps):
+            if due():
                 save()                              # a measurement takes long: what ends it must not cost steps
                 measure()
             if step % args.save_every == 0 or step == args.steps:

@@ -354,5 +354,49 @@ def test_training_measures_itself_and_keeps_the_best(tmp_path, tree, features):
         assert list(distance) == [2, 4, 5]
         best, last = checkpoint.load(f"{run}/best.pt"), checkpoint.load(run)
         assert best["step"] == min(distance, key=distance.get) and last["step"] == 5
-        assert best["best"] == last["best"] and last["best"].pop("of").startswith("fd@64 in ")
-        assert last["best"] == dict(step=best["step"], distance=distance[best["step"]])
+        assert best["best"] == last["best"] | dict(measured=best["step"])
+        assert last["best"].pop("of").startswith("fd@64 in ")
+        assert last["best"] == dict(step=best["step"], distance=distance[best["step"]], measured=5)
+
+
+@pytest.mark.parametrize("script", [train0, train])
+def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tmp_path, tree, features, monkeypatch):
+    evaluation = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features, *TINY]
+    evaluation += ["--cache_dir", str(tmp_path / "cache"), "--save_every", "100", "--steps", "4"]
+    assert call(train0, *teacher_flags(tree), "--run_dir", str(tmp_path / "teacher"), "--steps", "1") == 0
+    flags = teacher_flags(tree) if script is train0 else ["--teacher", str(tmp_path / "teacher")]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert call(script, *flags, *evaluation, "--run_dir", str(straight)) == 0
+
+    def kill_once(owner, name, when):
+        """An exception that nothing expects, as good as a kill, in the first call of owner.name that `when` picks."""
+        function = getattr(owner, name)
+
+        def dies(*args, **kwargs):
+            if when(*args, **kwargs):
+                patch.undo()
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(owner, name, dies)
+
+    resume = [*flags, *evaluation, "--run_dir", str(killed)]
+    kill_once(metrics, "distances", lambda *args: True)             # while measuring step 2
+    assert call(script, *resume) == 1 and checkpoint.load(killed)["step"] == 2
+    kill_once(checkpoint, "save", lambda path, state: state["best"].get("measured") == 2)   # once that is logged
+    assert call(script, *resume, "--resume") == 1
+    second = iter([False, True])                    # measures step 2 again, and is killed while measuring step 4
+    kill_once(metrics, "distances", lambda *args: next(second))
+    assert call(script, *resume, "--resume") == 1 and checkpoint.load(killed)["best"]["measured"] == 2
+    assert call(script, *resume, "--resume") == 0
+
+    def rows(run):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_mib")} for line in lines]
+
+    assert rows(killed) == rows(straight)
+    for name in ("checkpoint.pt", "best.pt"):
+        one, two = checkpoint.load(straight / name), checkpoint.load(killed / name)
+        assert one["best"] == two["best"] and one["step"] == two["step"]
+        assert all(torch.equal(one["model_ema"][key], two["model_ema"][key]) for key in one["model_ema"])

@@ -272,10 +272,9 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
     before = {path: read(path) for path in tmp_path.rglob("*") if path.is_file()}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"import runtime, time; r = runtime.RunFolder({run!r}, 2, False); print(1, flush=True); "
-         "time.sleep(600)"], cwd=ROOT, stdout=subprocess.PIPE,
-    )
+    hold = "import runtime, sys, time; run = sys.argv[1]; r = runtime.RunFolder(run, 2, False, runtime.stamp(run)); "
+    hold += "print(1, flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, run], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"1\n"
         for flags in (["--resume"], ["--overwrite", *teacher_flags(tree)]):
@@ -288,6 +287,25 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
         holder.kill()                               # the kernel gives the lock back
         holder.wait()
     assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 0
+
+
+@pytest.mark.parametrize("flags", [["--resume"], []], ids=["resumed", "fresh"])
+def test_a_save_between_reading_and_locking_the_folder_is_not_lost(flags, tmp_path, tree, capsys, monkeypatch):
+    run, other = str(tmp_path / "a"), str(tmp_path / "b")
+    for path in (run, other) if flags else (other,):
+        assert call(train0, *teacher_flags(tree), "--run_dir", path, "--steps", "2") == 0
+    load = cli.dataset
+
+    def meanwhile(*args):                           # another process saves and ends
+        os.makedirs(run, exist_ok=True)
+        shutil.copy(f"{other}/checkpoint.pt", f"{run}/checkpoint.pt")
+        return load(*args)
+
+    monkeypatch.setattr(cli, "dataset", meanwhile)
+    capsys.readouterr()
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "4", *flags) == 2
+    assert "another process has saved" in capsys.readouterr().err
+    assert read(f"{run}/checkpoint.pt") == read(f"{other}/checkpoint.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(tmp_path, tree, capsys):
