@@ -8,16 +8,20 @@ Times, each in float32 eager (contiguous, no TF32), bf16 (channels_last) and bf1
     generator_turn   of train.py: generate, DM loss, backward, Adam and EMA
     guidance_turn    of train.py: generate without gradient, fake loss, backward, Adam
     guidance_floor   the least a guidance turn could take: one generator forward and one training step of fake_unet
-    loop             what a step does beside its network: random numbers, a batch of the dataset, the meter
+    loop             what a step does beside its networks: random numbers, a batch of the dataset, the meter, and a line
+                     to TensorBoard and log.jsonl, which the scripts write every --log_every steps only
     sample_one_step  one evaluation an image
     sample_heun      18 Heun steps, 35 evaluations an image
-The modes take turns, so that a slow minute of the machine is shared; medians and quartiles of the repeats. Of the eager
-modes also the operators that take most of the time.
+The modes take turns, so that a slow minute of the machine is shared; medians and quartiles of the repeats. Peak memory
+is that of a process which does the part alone. Of the eager modes also the operators that take most of the time.
 """
 
 import copy
+import multiprocessing
 import statistics
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -56,8 +60,8 @@ def parse_args(argv=None):
     return args
 
 
-def parts(args, device, mode):
-    """name -> function that does the part once, with networks of its own for this mode."""
+def parts(args, device, mode, run=None):
+    """name -> function that does the part once, with networks of its own for this mode; run: a RunFolder to log to."""
     precision, memory_format, compiled = MODES[mode]
     torch.manual_seed(args.seed)
     teacher = SimpleUNet(args.channels)
@@ -120,7 +124,7 @@ def parts(args, device, mode):
         step_rng.normal(args.batch_size, 3, 32, 32)
         data.random_flip(batches(1)[0], step_rng)
         meter.add(1, loss=sigma[0, 0, 0, 0], grad_norm=sigma[0, 0, 0, 0])
-        meter.read()
+        run.scalars(1, dict(meter.read(), images_per_second=1.0, memory_mib=1.0))
 
     @torch.no_grad()
     def sample_one_step():
@@ -169,6 +173,21 @@ def peak_memory(function, device):
         return None
 
 
+def peak_memory_alone(args, device, mode, name):
+    """peak_memory of a part after its warm-up, in a process of its own: what else this one holds does not count."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmark"])   # imports torch once for all
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(measure_memory, args, device, mode, name).result()
+
+
+def measure_memory(args, device, mode, name):
+    runtime.allow_tf32(mode != "fp32")
+    function = parts(args, device, mode)[name]
+    function()
+    return peak_memory(function, device)
+
+
 def operators(function, device, most=10):
     """The operators that take most of the time of one call: name -> share of it that is their own."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -192,13 +211,15 @@ def main(argv=None):
     args = parse_args(argv)
     device = cli.device(args)
     start = time.perf_counter()
-    functions = {mode: parts(args, device, mode) for mode in args.modes}
+    folder = tempfile.TemporaryDirectory()
+    run = runtime.RunFolder(folder.name, 0, True, None)
+    functions = {mode: parts(args, device, mode, run) for mode in args.modes}
     names = list(functions[args.modes[0]])
     flops = {}
     for name in names:
         counter = FlopCounterMode(display=False)
         with counter:
-            parts(args, device, "fp32")[name]()
+            parts(args, device, "fp32", run)[name]()
         flops[name] = counter.get_total_flops()
     peak = {}
     for mode in args.modes:
@@ -211,7 +232,6 @@ def main(argv=None):
         runtime.allow_tf32(mode != "fp32")
         for name in names:
             functions[mode][name]()                 # warm-up; compiles
-            memory[mode, name] = peak_memory(functions[mode][name], device)
             if mode != "compiled":
                 shares.setdefault(mode, {})[name] = operators(functions[mode][name], device)
     for _ in range(args.repeats):
@@ -219,6 +239,12 @@ def main(argv=None):
             for mode in args.modes:
                 runtime.allow_tf32(mode != "fp32")
                 times[mode, name].append(timed(functions[mode][name], device))
+    run.close()
+    folder.cleanup()
+    del functions                                   # a GPU's memory is one for all processes
+    for mode in args.modes:
+        for name in names:
+            memory[mode, name] = None if name == "loop" else peak_memory_alone(args, device, mode, name)
 
     table = {}
     for mode in args.modes:
@@ -234,7 +260,7 @@ def main(argv=None):
         for name in names:
             row = table[mode][name]
             print(f"  {name:16} {row['ms']:10.2f} ms  {row['images_per_second']:10.1f} images/s  "
-                  f"{100 * row['fraction_of_matmul']:5.1f} % of it  {row['peak_memory_mib']} MiB")
+                  f"{100 * row['fraction_of_matmul']:5.1f} % of it  {row['peak_memory_mib'] or '-'} MiB")
     report = dict(
         what="medians and quartiles; modes in turn; fraction of this machine's measured matrix product",
         channels=args.channels, batch_size=args.batch_size, repeats=args.repeats, seed=args.seed,

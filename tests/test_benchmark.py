@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ def test_every_part_is_timed_in_every_mode_and_the_arithmetic_is_counted(tmp_pat
         for name in flops:
             low, high = mode[name]["quartiles_ms"]
             assert 0 < low <= mode[name]["ms"] <= high
+            assert (mode[name]["peak_memory_mib"] is None) == (name == "loop" or sys.platform != "linux")
             assert mode[name]["images_per_second"] == pytest.approx(2000 / mode[name]["ms"], rel=0.05)
     for shares in (shares for mode in report["operators"].values() for shares in mode.values()):
         assert 0.1 < sum(shares.values()) <= 1.001 and list(shares.values()) == sorted(shares.values(), reverse=True)
@@ -42,3 +44,14 @@ def test_a_matrix_product_is_counted_as_2_n_cubed():
         patch.setattr(benchmark, "timed", timed)
         assert benchmark.matmul_peak(torch.device("cpu"), torch.float32, n=16) == 2 * 16**3
     assert seen[0].shape == (16, 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
+def test_peak_memory_is_that_of_one_call():
+    device = torch.device("cpu")
+
+    def peak(mib):
+        return benchmark.peak_memory(lambda: torch.ones(mib * 2**18), device)
+
+    before = peak(1)
+    assert peak(400) - before == pytest.approx(400, abs=40) and peak(1) - before < 40        # the larger one is gone

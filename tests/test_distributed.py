@@ -27,6 +27,7 @@ STUDENT = [
     *FP32, "--dfake_gen_update_ratio", "2", "--gen_cls_loss_weight", "3e-2", "--f_div", "kl", "--num_denoising_steps",
     "2", "--conditioning_sigma", "80",
 ]
+PLAIN = [*FP32, "--dfake_gen_update_ratio", "2", "--ema_decay", "0"]
 
 
 STARTED = []
@@ -80,6 +81,7 @@ def runs(tmp_path_factory, features):
         return [
             ["train0", *TEACHER, *evaluations, "--steps", "4", "--run_dir", str(folder / "teacher")],
             ["train", *STUDENT, "--teacher", teacher, "--steps", "4", "--run_dir", str(folder / "student")],
+            ["train", *PLAIN, "--teacher", teacher, "--steps", "4", "--run_dir", str(folder / "plain")],
             ["sample", *images, "--num_images", "250", "--out", f"{folder}/a.png", "--npz", f"{folder}/a.npz"],
             ["evaluate", *images, *few, *measured, "--out", str(folder / "evaluation.json")],
         ]
@@ -91,17 +93,17 @@ def runs(tmp_path_factory, features):
         for script, *argv in calls("one", teacher):
             assert call(scripts[script], *argv) == 0
     both = calls("two", teacher)
-    for script, *argv in both[:2]:                  # stopped after 2 of 4 steps, and gone on with
+    for script, *argv in both[:3]:                  # stopped after 2 of 4 steps, and gone on with
         argv[-1] = argv[-1] + "_resumed"
         steps = argv.index("--steps") + 1
         both += [[script, *argv[:steps], "2", *argv[steps + 1 :]], [script, *argv, "--resume"]]
-    process = torchrun("tests/processes.py", json.dumps(both))
+    process = torchrun("tests/processes.py", json.dumps(both), str(root))
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return root, out
 
 
-@pytest.mark.parametrize("name", ["teacher", "student"])
+@pytest.mark.parametrize("name", ["teacher", "student", "plain"])
 def test_two_processes_take_the_steps_of_one(runs, name):
     root, _ = runs
     one, two = (checkpoint.load(root / processes / name) for processes in ("one", "two"))
@@ -124,7 +126,7 @@ def test_two_processes_take_the_steps_of_one(runs, name):
         assert losses and all(a[key] == pytest.approx(b[key], rel=1e-3) for key in losses)
 
 
-@pytest.mark.parametrize("name", ["teacher", "student"])
+@pytest.mark.parametrize("name", ["teacher", "student", "plain"])
 def test_a_resume_on_two_processes_is_exact(runs, name):
     from test_scripts import assert_same_run
 
@@ -134,7 +136,7 @@ def test_a_resume_on_two_processes_is_exact(runs, name):
 def test_one_process_writes_and_all_make_the_same_images(runs):
     root, out = runs
     for line in ("step 4 of 4", "250 images"):      # each said once
-        assert out.count(line) == {"step 4 of 4": 4}.get(line, 1)
+        assert out.count(line) == {"step 4 of 4": 6}.get(line, 1)
     one, two = (np.load(root / processes / "a.npz") for processes in ("one", "two"))
     assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
     assert len({image.tobytes() for image in one["arr_0"]}) == 250

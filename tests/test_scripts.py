@@ -25,6 +25,7 @@ import runtime
 import sample
 import train
 import train0
+from model import SimpleUNet
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,23 @@ def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher
     for name in ("dataset", "data_dir"):
         assert state["settings"][name] == dict(dataset="folder", data_dir=tree)[name]
     assert call(train, "--run_dir", f"{tmp_path}/b", "--resume", "--gen_cls_loss_weight", "0", "--device", "cpu") == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_label_dropout_hides_that_share_of_the_classes(share, tmp_path, tree, monkeypatch):
+    seen, forward = [], SimpleUNet.forward
+
+    def spy(self, x_t, sigma, labels, *args):
+        if self.training:
+            seen.append(labels)
+        return forward(self, x_t, sigma, labels, *args)
+
+    monkeypatch.setattr(SimpleUNet, "forward", spy)
+    flags = ["--steps", "40", "--batch_size", "16", "--sample_every", "100", "--label_dropout", str(share)]
+    assert call(train0, *teacher_flags(tree), "--run_dir", f"{tmp_path}/a", *flags) == 0
+    labels = torch.cat(seen)
+    assert len(labels) == 640 and set(labels.tolist()) == ({-1, 0, 1} if share else {0, 1})
+    assert (labels == -1).double().mean() == pytest.approx(share, abs=0.06)         # 3 standard deviations
 
 
 def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, tree, capsys):
