@@ -10,6 +10,7 @@ is not run again, so that an interrupted call goes on where it was.
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,10 @@ ROWS = [                                            # name, flags, seeds
     ("+ GAN, 2 steps", ["--num_denoising_steps", "2"], (0,)),
     ("+ GAN, 4 steps", ["--num_denoising_steps", "4"], (0,)),
 ]
+DIVERGENCES = [                                     # their head must see every noise, not the GAN's range above
+    (f"+ GAN, f_div {f_div}", ["--f_div", f_div, "--diffusion_gan_max_timestep", "1000"], (0,))
+    for f_div in ("rkl", "kl", "js")
+]
 
 
 def training_minutes(run):
@@ -61,27 +66,28 @@ def main():
     parser.add_argument("--feature_extractor", required=True)
     parser.add_argument("--data_dir", help="where the teacher's images are, if not where it found them")
     parser.add_argument("--num_images", type=int, default=5000)
+    parser.add_argument("--divergences", action="store_true", help="also the rows of --f_div")
     parser.add_argument("--teacher_images", type=int, help="fewer for the teacher's 35 evaluations; default the same")
     args = parser.parse_args()
     work = Path("runs") / "ablation" / args.name
     work.mkdir(parents=True, exist_ok=True)
 
     results = {}
-    for title, flags, seeds in ROWS:
+    for title, flags, seeds in ROWS + DIVERGENCES * args.divergences:
         for seed in seeds:
             run = work / f"{title.replace(' ', '_').replace(chr(39), '')}_{seed}"
             out = run.with_suffix(".json")
             gan = GAN[args.name] if "GAN" in title else []
             command = ["train.py", *SETTINGS[args.name], *gan, *flags, "--seed", str(seed)]
+            command += ["--teacher", args.teacher, "--run_dir", str(run), "--resume", "--sample_every", "1000000"]
+            command += ["--data_dir", args.data_dir] if args.data_dir else []
             if not out.exists():
-                paths = ["--teacher", args.teacher, "--run_dir", str(run), "--resume"]
-                paths += ["--data_dir", args.data_dir] if args.data_dir else []
-                subprocess.run([sys.executable, *command, *paths, "--sample_every", "1000000"], check=True)
-                measure(run, args, out, "--seed", str(seed))
-            report = json.loads(out.read_text())
-            report["training_command"] = "python " + " ".join(command)
-            report["training_minutes"] = round(training_minutes(run), 2)
-            results.setdefault(title, []).append(report)
+                subprocess.run([sys.executable, *command], check=True)
+                report = measure(run, args, out, "--seed", str(seed))
+                report["training_command"] = shlex.join(["python", *command])
+                report["training_minutes"] = round(training_minutes(run), 2)
+                out.write_text(json.dumps(report, indent=1) + "\n")
+            results.setdefault(title, []).append(json.loads(out.read_text()))
     for steps in (1, 18):
         out = work / f"teacher_{steps}.json"
         fewer = ["--num_images", str(args.teacher_images)] if args.teacher_images and steps > 1 else []
@@ -89,34 +95,37 @@ def main():
             measure(args.teacher, args, out, "--num_steps", str(steps), *fewer)
         results[f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"] = [json.loads(out.read_text())]
 
-    head = ["", "seeds", "images", "FD", "class accuracy", "precision", "recall", "minutes", "command"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    summary = {}
-    for title, reports in results.items():
-        row = summary[title] = {}
-
-        def mean(name, reports=reports, row=row, digits=2, scale=1):
-            values = [scale * report["runs"][0][name] for report in reports]
-            row[name] = dict(
-                mean=statistics.mean(values), std=statistics.stdev(values) if len(values) > 1 else None
-            )
-            spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.{digits}f}{spread}"
-
-        minutes = [r["training_minutes"] for r in reports if "training_minutes" in r]
-        row["minutes"] = statistics.mean(minutes) if minutes else None
-        lines.append(" | ".join([
-            f"| {title}", ", ".join(str(r["runs"][0]["seed"]) for r in reports),
-            str(reports[0]["num_images"]), mean("fd"),
-            mean("class_accuracy", digits=1, scale=100) + " %", mean("precision"), mean("recall"),
-            f"{statistics.mean(minutes):.1f}" if minutes else "", f"`{reports[0].get('training_command', '')}` |",
-        ]))
     path = HERE / f"ablation_{args.name}.json"
     note = json.loads(path.read_text()).get("note", "") if path.exists() else ""    # written by hand
+    lines, summary = table(results)
     stamp = dict(note=note, when=time.strftime("%Y-%m-%d"), summary=summary, rows=results)
     path.write_text(json.dumps(stamp, indent=1) + "\n")
     (HERE / f"ablation_{args.name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def table(results):
+    """Lines of Markdown and the numbers in them, of title -> reports of its seeds: means, and spreads of a sample."""
+    head = ["", "seeds", "images", "FD", "class accuracy", "precision", "recall", "minutes", "hardware", "command"]
+    lines, summary = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"], {}
+    for title, reports in results.items():
+        row = summary[title] = {}
+
+        def mean(name, digits, scale=1, reports=reports, row=row):
+            values = [scale * (report["runs"][0] if name in report["runs"][0] else report)[name] for report in reports]
+            row[name] = dict(mean=statistics.mean(values), std=statistics.stdev(values) if len(values) > 1 else None)
+            spread = f" +- {row[name]['std']:.{digits}f}" if len(values) > 1 else ""
+            return f"{row[name]['mean']:.{digits}f}{spread}"
+
+        commands = [report.get("training_command", report["command"]) for report in reports]
+        lines.append("| " + " | ".join([
+            title, ", ".join(str(report["runs"][0]["seed"]) for report in reports), str(reports[0]["num_images"]),
+            mean("fd", 2), mean("class_accuracy", 1, 100) + " %", mean("precision", 2), mean("recall", 2),
+            mean("training_minutes", 1) if "training_minutes" in reports[0] else "",
+            ", ".join(sorted({f"{report['threads']} cores {report['hardware']}" for report in reports})),
+            "<br>".join(f"`{command}`" for command in commands),
+        ]) + " |")
+    return lines, summary
 
 
 if __name__ == "__main__":
