@@ -246,7 +246,7 @@ def main(argv=None):
         for name in names:
             memory[mode, name] = None if name == "loop" else peak_memory_alone(args, device, mode, name)
 
-    table = {}
+    table, ratios = {}, {}
     for mode in args.modes:
         table[mode] = dict(matmul_gflops=round(peak[mode] / 1e9, 1))
         for name in names:
@@ -261,11 +261,17 @@ def main(argv=None):
             row = table[mode][name]
             print(f"  {name:16} {row['ms']:10.2f} ms  {row['images_per_second']:10.1f} images/s  "
                   f"{100 * row['fraction_of_matmul']:5.1f} % of it  {row['peak_memory_mib'] or '-'} MiB")
+        ms = {name: table[mode][name]["ms"] for name in names}
+        ratios[mode] = dict(
+            one_step_to_heun_images=round(ms["sample_heun"] / ms["sample_one_step"], 2),         # 35 at most
+            guidance_turn_to_floor=round(ms["guidance_turn"] / ms["guidance_floor"], 3),
+            loop_to_guidance_turn=round(ms["loop"] / ms["guidance_turn"], 5),
+        )
     report = dict(
         what="medians and quartiles; modes in turn; fraction of this machine's measured matrix product",
         channels=args.channels, batch_size=args.batch_size, repeats=args.repeats, seed=args.seed,
         gflop_per_image={name: round(value / args.batch_size / 1e9, 6) for name, value in flops.items()},
-        modes=table, operators=shares, seconds=round(time.perf_counter() - start, 1),
+        modes=table, ratios=ratios, operators=shares, seconds=round(time.perf_counter() - start, 1),
     )
     records.write_json(args.out, report, device)
     print(args.out)

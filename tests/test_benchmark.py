@@ -21,6 +21,9 @@ def test_every_part_is_timed_in_every_mode_and_the_arithmetic_is_counted(tmp_pat
             assert 0 < low <= mode[name]["ms"] <= high
             assert (mode[name]["peak_memory_mib"] is None) == (name == "loop" or sys.platform != "linux")
             assert mode[name]["images_per_second"] == pytest.approx(2000 / mode[name]["ms"], rel=0.05)
+    for name, mode in report["modes"].items():
+        ratio = mode["sample_heun"]["ms"] / mode["sample_one_step"]["ms"]
+        assert report["ratios"][name]["one_step_to_heun_images"] == pytest.approx(ratio, rel=0.01) and ratio > 5
     for shares in (shares for mode in report["operators"].values() for shares in mode.values()):
         assert 0.1 < sum(shares.values()) <= 1.001 and list(shares.values()) == sorted(shares.values(), reverse=True)
     assert "aten::convolution_backward" in report["operators"]["bf16"]["teacher_step"]
