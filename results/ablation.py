@@ -54,6 +54,7 @@ def training_minutes(run):
 
 def measure(checkpoint, args, out, *more):
     flags = ["--feature_extractor", args.feature_extractor, "--num_images", str(args.num_images), "--out", str(out)]
+    flags += ["--neighbours", "10000"]
     flags += ["--data_dir", args.data_dir] if args.data_dir else []
     subprocess.run([sys.executable, "evaluate.py", "--checkpoint", str(checkpoint), *flags, *more], check=True)
     return json.loads(out.read_text())

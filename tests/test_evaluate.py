@@ -147,6 +147,14 @@ def test_torch_fidelity_itself_agrees(drawn, extractor, tmp_path, flags):
     assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
 
 
+def test_precision_and_recall_can_look_at_fewer(drawn, extractor):
+    real = metrics.summary(extractor(drawn[0][N:])[0])
+    alike = torch.cat([drawn[0][N:], torch.zeros_like(drawn[0][:N])])               # the second half has no neighbours
+    all_of_them, fewer = (metrics.distances(alike, None, real, extractor, n) for n in (None, 1000))
+    assert all_of_them["precision"] == 0.5 and all_of_them["recall"] == 1
+    assert fewer["precision"] != 0.5 and fewer["recall"] < 1 and fewer["fd"] == all_of_them["fd"]
+
+
 def test_inception_is_torch_fidelitys(drawn, tmp_path, monkeypatch):
     # Its weights cannot be had everywhere: random ones of its architecture, put where the downloaded ones are.
     with monkeypatch.context() as patch:
