@@ -45,7 +45,8 @@ PRESETS = {
     # (results/cifar10_tuning.md).
     "cifar10": dict(
         batch_size=64, steps=1200, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.97,
-        guidance_scale=1.5, lr_schedule="cosine", conditioning_sigma=3.0, log_every=20, sample_every=400, save_every=200,
+        guidance_scale=1.5, conditioning_sigma=3.0, lr_schedule="cosine", log_every=20, sample_every=400,
+        save_every=200,
     ),
 }
 # Two steps can follow one another only if these stay as they were.
