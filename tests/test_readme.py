@@ -23,6 +23,8 @@ def commands(value):
 BLOCKS = [
     " ".join(re.sub(r"[*_]{2}|\|[-|]+\|", " ", block).split()) for block in re.split(r"\n\s*\n(?!\|)", README)
 ]
+MODES = "fp32", "bf16", "compiled"
+GUIDED = "cifar10_jpeg_guided_teacher"
 DEMO, SHAPES, PHOTOS = "demo", "ablation_shapes", "ablation_cifar10_jpeg"
 FD, STD, ACCURACY, MINUTES = "fd/mean", "fd/std", "class_accuracy/mean", "training_minutes/mean"
 
@@ -35,7 +37,8 @@ def row(name, title, shown, minutes=True):
     return words, name, [f"summary/{title}/{place}" for place in places]
 
 
-# Words of README with {} for each number, the file in results/ that has them, and where; "% " for a fraction.
+# Words of README with {} for each number, the file in results/ that has them, and where: a/b/c, "file#a/b/c" for one of
+# another file, "% a" for a fraction in percent, "+ */a" for a sum over parts.
 STATED = [
     ("teacher {:.2f}, student {:.2f}, the teacher's own single step {:.1f}", DEMO, [
         f"measured/{who}/metrics/fd@5000/mean"
@@ -51,7 +54,41 @@ STATED = [
         (PHOTOS, "teacher, 1 evaluation", "teacher, 1 evaluation"),
         (PHOTOS, "teacher, 35 evaluations", "teacher, 35 evaluations"),
     )],
+    *[(f"| {shown} | {{:.2f}} | {{:.1f}} % | {{:.1f}} |", "cifar10_guidance",
+       [f"summary/guidance_scale {scale}/{place}" for place in (FD, ACCURACY, MINUTES)])
+      for scale, shown in (("1", "`--guidance_scale 1`, none"), ("1.5", "`--guidance_scale 1.5`"),
+                           ("2", "`--guidance_scale 2`"))],
     ("As many fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes", ["metrics/fd@5000/mean"]),
+    *[(f"| {who} | {evaluations} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} |", "cifar10_jpeg", [
+        f"{who}/training_minutes", *(f"cifar10_jpeg_{who}#{place}" for place in (
+            "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "checkpoint/images_per_second"))
+    ]) for who, evaluations, more in (("teacher", 35, ""), ("student", 1, " more"))],
+    ("That one, with {} evaluations an image, is at {:.2f} and {:.1f} % of 2,048 images", GUIDED, [
+        "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean"]),
+    ("where the student is at {:.2f} and {:.1f} %", "cifar10_jpeg", [
+        "student/curve/-1/fd@2048", "% student/curve/-1/class_accuracy@2048"]),
+    *[("| teacher, 35 evaluations | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
+        f"teacher/curve/{i}/steps", f"teacher/curve/{i}/minutes", f"teacher/curve/{i}/fd",
+        f"% teacher/curve/{i}/class_accuracy"]) for i in range(3)],
+    *[("| student, 1 evaluation (2,048 images) | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
+        f"student/curve/{i}/steps", f"student/curve/{i}/minutes", f"student/curve/{i}/fd@2048",
+        f"% student/curve/{i}/class_accuracy@2048"]) for i in range(6)],
+    *[(f"| {who} | {{}} | {{}} |", "published", [f"rows/{i}/evaluations", f"rows/{i}/fid"]) for i, who in enumerate(
+        ("EDM, the usual teacher", "DMD2, NVIDIA FastGen", "f-distill, forward KL", "SiD", "SiD2A"))],
+    *[(f"| {title} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:,}} |", "benchmark", [
+        *(f"modes/{mode}/{part}/ms" for mode in MODES), f"modes/bf16/{part}/peak_memory_mib"])
+      for title, part in (
+          ("teacher step", "teacher_step"), ("generator turn", "generator_turn"), ("guidance turn", "guidance_turn"),
+          ("one-step sampling", "sample_one_step"), ("Heun sampling, 35 evaluations", "sample_heun"))],
+    ("One-step sampling makes {:.1f}, {:.1f} and {:.1f} times as many", "benchmark", [
+        f"ratios/{mode}/one_step_to_heun_images" for mode in MODES]),
+    ("A guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
+        f"ratios/{mode}/guidance_turn_to_floor" for mode in MODES]),
+    ("a line of log, {:.2f} % of it in bf16", "benchmark", ["% ratios/bf16/loop_to_guidance_turn"]),
+    ("of a teacher step in bf16 {:.0f} % are the backward of convolutions and {:.0f} % their forward, and the whole "
+     "runs at {:.0f} % of the speed", "benchmark", [
+        *(f"% operators/bf16/teacher_step/aten::{name}" for name in ("convolution_backward", "mkldnn_convolution")),
+        "% modes/bf16/teacher_step/fraction_of_matmul"]),
     ("accuracy on the real test images {:.2f} %", "calibration_test", ["% feature_network_accuracy"]),
     ("| {:,} test images | {:.2f} | {:.4f} | {:.1f} % | {:.1f} % | |", "calibration_test", [
         "num_images", *(f"metrics/{name}/mean" for name in ("fd", "kid")),
@@ -71,34 +108,41 @@ STATED = [
 ]
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
-    50,000 steps of 256 images; 5,000 one-step images; all but a few of 5,000 images;
+    50,000 steps of 256 images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
+    a guidance of 1.5; of 2,048 images; (2,048 images); all but a few of 5,000 images;
     5,000 images against the training set; get 50,000 images for evaluation
 """
 
 
-def at(report, place):
-    """The number at a/b/c in nested dicts; "% a" in percent; "+ */a" the sum over all dicts of the report."""
+def report(name):
+    return json.loads((ROOT / f"results/{name}.json").read_text())
+
+
+def at(name, place):
+    """The number that is meant by a place, see STATED."""
+    name, place = place.split("#") if "#" in place else (name, place)
     if place.startswith("+ */"):
-        return sum(value[place[4:]] for value in report.values() if isinstance(value, dict) and place[4:] in value)
-    value = report
+        return sum(part.get(place[4:], 0) for part in report(name).values() if isinstance(part, dict))
+    percent, value = place.startswith("% "), report(name)
     for key in place.removeprefix("% ").split("/"):
         value = value[int(key)] if isinstance(value, list) else value[key]
-    return 100 * value if place.startswith("% ") else value
+    return 100 * value if percent else value
 
 
 def stated(words, name, places):
-    """The words as results/name.json would have them."""
-    report = json.loads((ROOT / f"results/{name}.json").read_text())
-    return words.format(*(at(report, place) for place in places))
+    """The words as results/ would have them."""
+    return words.format(*(at(name, place) for place in places))
 
 
 @pytest.mark.parametrize(
     ("words", "name", "places"), STATED, ids=[f"{name}: {words[:30]}" for words, name, _ in STATED]
 )
 def test_the_numbers_stand_in_the_file_named(words, name, places):
-    text, file = stated(words, name, places), f"results/{name}.json"
-    assert any(text in block for block in BLOCKS if file in block), f"{file} says: {text}"
-    assert commands(json.loads((ROOT / file).read_text()))
+    text = stated(words, name, places)
+    names = {name, *(place.split("#")[0].removeprefix("% ") for place in places if "#" in place)}
+    near = [block for block in BLOCKS if all(f"results/{name}.json" in block for name in names)]
+    assert any(text in block for block in near), f"{names} say: {text}"
+    assert all(commands(report(name)) for name in names)
 
 
 def test_no_other_numbers_are_claimed():
