@@ -110,7 +110,7 @@ STATED = [
 SETTINGS = """
     50,000 steps of 256 images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
     a guidance of 1.5; of 2,048 images; (2,048 images); all but a few of 5,000 images;
-    5,000 images against the training set; get 50,000 images for evaluation
+    5,000 images against the training set; when it had 5,600 of its steps; get 50,000 images for evaluation
 """
 
 
