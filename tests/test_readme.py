@@ -48,6 +48,9 @@ STATED = [
     *[row(name, title, shown, minutes=not title.startswith("teacher")) for name, title, shown in (
         (SHAPES, "DM loss alone (the seed's)", "DM loss alone"), (SHAPES, "+ GAN", "+ GAN"),
         (SHAPES, "+ GAN, 2 steps", "+ GAN, 2 steps"), (SHAPES, "+ GAN, 4 steps", "+ GAN, 4 steps"),
+        (SHAPES, "+ GAN, f_div rkl", "+ GAN at every noise, as `--f_div` needs it"),
+        (SHAPES, "+ GAN, f_div kl", "the same with `--f_div kl`"),
+        (SHAPES, "+ GAN, f_div js", "the same with `--f_div js`"),
         (SHAPES, "teacher, 35 evaluations", "teacher, 35 evaluations"),
         (PHOTOS, "DM loss alone (the seed's)", "DM loss alone"), (PHOTOS, "+ GAN", "+ GAN"),
         (PHOTOS, "+ GAN, 2 steps", "+ GAN, 2 steps"), (PHOTOS, "+ GAN, 4 steps", "+ GAN, 4 steps"),
