@@ -32,7 +32,7 @@ cifar10: .venv/requirements.txt
 
 test: .venv/requirements-test.txt
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 # Hours: kills at random moments, an hour of training, every accepted value of every flag.
 stress: .venv/requirements-test.txt
