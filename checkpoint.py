@@ -149,3 +149,28 @@ class EMA(AveragedModel):
         averaged, current = list(self.module.parameters()), list(model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - decay)
         self.n_averaged += 1
+
+
+class EMAs(torch.nn.ModuleList):
+    """Averages of one network at several decays, the first the one that counts; to find the decay in one run."""
+
+    def __init__(self, model, decays):
+        super().__init__(EMA(model, decay) for decay in decays)
+        for ema in self:
+            ema.suffix = "" if ema is self[0] else f"_ema_{ema.decay}"              # of its measurements' names
+
+    def update(self, model):
+        for ema in self:
+            ema.update_parameters(model)
+
+    def state(self):
+        """What a checkpoint keeps to resume from."""
+        first, *more = self
+        return dict(ema=first.state_dict(), more_emas={ema.decay: ema.state_dict() for ema in more})
+
+    def load(self, state):
+        """Take the averages from a checkpoint; one of a decay that it does not have goes on from its first."""
+        first, *more = self
+        first.load_state_dict(state["ema"])
+        for ema in more:
+            ema.load_state_dict(state.get("more_emas", {}).get(ema.decay, state["ema"]))

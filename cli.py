@@ -126,6 +126,10 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
         help="steps between two measurements of the averaged weights' images as by evaluate.py; the checkpoint of the "
         "least Frechet distance is kept as best.pt; 0: none",
     )
+    parser.add_argument(
+        "--more_ema_decays", type=fraction, nargs="*", default=[], metavar="DECAY",
+        help="of further averages, measured beside that of --ema_decay; best.pt samples from the best of all",
+    )
     parser.add_argument("--eval_images", type=number(int, 64), default=2048, help="images of such a measurement")
     add_features(parser)
     schedule = "of the Karras schedule; images span [-1, 1]"

@@ -12,6 +12,7 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -144,7 +145,7 @@ def main(argv=None):
         diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
-    ema = checkpoint.EMA(generator, args.ema_decay)
+    emas = checkpoint.EMAs(generator, [args.ema_decay, *args.more_ema_decays])
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, fused=True)
     guidance_lrs = {guidance.fake_unet: args.guidance_lr}
     if gan:
@@ -160,7 +161,7 @@ def main(argv=None):
     if not fresh:
         with cli.restoring(args.run_dir):
             model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
+            emas.load(state)
             generator_optimizer.load_state_dict(state["generator_optimizer"])
             guidance_optimizer.load_state_dict(state["guidance_optimizer"])
         step = state["step"]
@@ -177,8 +178,8 @@ def main(argv=None):
     run = runtime.RunFolder(args.run_dir, step, fresh, args.found)
     stop = runtime.StopSignal(args.max_minutes)
 
-    def save(name=checkpoint.NAME):
-        distributed.check_same(model, ema)
+    def save(name=checkpoint.NAME, ema=emas[0]):
+        distributed.check_same(model, emas)
         checkpoint.save(
             run.path / name,
             dict(
@@ -187,7 +188,7 @@ def main(argv=None):
                 sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=label_dropout,
                 # From here on what only a resume needs; the randomness follows from the step. `model` holds the teacher
                 # too, so that the run stands on its own.
-                settings=cli.settings(args), model=model.state_dict(), ema=ema.state_dict(), meter=meter.state(),
+                settings=cli.settings(args), model=model.state_dict(), **emas.state(), meter=meter.state(),
                 best=best,
                 generator_optimizer=generator_optimizer.state_dict(),
                 guidance_optimizer=guidance_optimizer.state_dict(),
@@ -212,13 +213,13 @@ def main(argv=None):
         for network in (generator, guidance.fake_unet, guidance.real_unet):
             network.compile()
 
-    def draw(z, labels, renoise):
-        return diffusion.few_step_sample(ema.module, z, labels, model.denoising_sigmas, renoise)
+    def draw(net, z, labels, renoise):
+        return diffusion.few_step_sample(net, z, labels, model.denoising_sigmas, renoise)
 
     @torch.no_grad()
     def log_grid():
         with runtime.autocast(device, args.precision):
-            images = draw(grid_noise(0), grid_labels, grid_noise)
+            images = draw(emas[0].module, grid_noise(0), grid_labels, grid_noise)
             # A grid is not worth compiling for, with a batch size of its own.
             with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
                 _, log = model.generator_turn(images, grid_labels, StepRandom(args.seed, 0, device))
@@ -227,13 +228,18 @@ def main(argv=None):
 
     @torch.no_grad()
     def measure():
-        with runtime.autocast(device, args.precision):
-            values = validation(draw)
+        values, better = {}, None
+        for ema in emas:
+            with runtime.autocast(device, args.precision):
+                measured = validation(partial(draw, ema.module))
+            values.update({name + ema.suffix: value for name, value in measured.items()})
+            if measured[validation.key] < best["distance"]:
+                better = ema
+                best.update(distance=measured[validation.key], step=step, ema_decay=ema.decay)
         run.scalars(step, values)
-        better = values[validation.key] < best["distance"]
-        best.update(dict(distance=values[validation.key], step=step) if better else {}, measured=step)
+        best["measured"] = step
         if better:
-            save("best.pt")
+            save("best.pt", better)
         save()
 
     def due():
@@ -265,7 +271,7 @@ def main(argv=None):
             generator_grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
             generator_optimizer.step()
             generator_optimizer.zero_grad(set_to_none=True)
-            ema.update_parameters(generator)
+            emas.update(generator)
             meter.add(step, **losses, generator_grad_norm=generator_grad_norm)
 
         x_real, real_labels = batches(step) if gan else (None, None)                # [B, 3, 32, 32], [B]

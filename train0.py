@@ -9,6 +9,7 @@ Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tenso
 """
 
 import math
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -75,13 +76,13 @@ def main(argv=None):
     # --- network, EMA, optimizer -------------------------------------------------------------------------------------
     net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
     net = net.to(device, memory_format=torch.channels_last)
-    ema = checkpoint.EMA(net, args.ema_decay)
+    emas = checkpoint.EMAs(net, [args.ema_decay, *args.more_ema_decays])
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     step = 0
     if state:
         with cli.restoring(args.run_dir):
             net.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
+            emas.load(state)
             optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     best = (state or {}).get("best", dict(distance=math.inf, step=0))
@@ -98,8 +99,8 @@ def main(argv=None):
     run = runtime.RunFolder(args.run_dir, step, fresh, args.found)
     stop = runtime.StopSignal(args.max_minutes)
 
-    def save(name=checkpoint.NAME):
-        distributed.check_same(net, ema)
+    def save(name=checkpoint.NAME, ema=emas[0]):
+        distributed.check_same(net, emas)
         checkpoint.save(
             run.path / name,
             dict(
@@ -107,7 +108,7 @@ def main(argv=None):
                 model_ema=ema.module.state_dict(), sigma_min=args.sigma_min, sigma_max=args.sigma_max,
                 label_dropout=args.label_dropout,
                 # From here on what only a resume needs; the randomness and the place in the data follow from the step.
-                settings=cli.settings(args), model=net.state_dict(), ema=ema.state_dict(), meter=meter.state(),
+                settings=cli.settings(args), model=net.state_dict(), **emas.state(), meter=meter.state(),
                 best=best, optimizer=optimizer.state_dict(),
             ),
         )
@@ -120,23 +121,28 @@ def main(argv=None):
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
 
-    def draw(z, labels, renoise=None):
-        return diffusion.heun_sample(ema.module, z, labels, 18, args.sigma_min, args.sigma_max)
+    def draw(net, z, labels, renoise=None):
+        return diffusion.heun_sample(net, z, labels, 18, args.sigma_min, args.sigma_max)
 
     def log_grid():
         with runtime.autocast(device, args.precision):
-            images = draw(grid_z, grid_labels)
+            images = draw(emas[0].module, grid_z, grid_labels)
         run.grid(step, "teacher", rows, images)
 
     @torch.no_grad()
     def measure():
-        with runtime.autocast(device, args.precision):
-            values = validation(draw)
+        values, better = {}, None
+        for ema in emas:
+            with runtime.autocast(device, args.precision):
+                measured = validation(partial(draw, ema.module))
+            values.update({name + ema.suffix: value for name, value in measured.items()})
+            if measured[validation.key] < best["distance"]:
+                better = ema
+                best.update(distance=measured[validation.key], step=step, ema_decay=ema.decay)
         run.scalars(step, values)
-        better = values[validation.key] < best["distance"]
-        best.update(dict(distance=values[validation.key], step=step) if better else {}, measured=step)
+        best["measured"] = step
         if better:
-            save("best.pt")
+            save("best.pt", better)
         save()
 
     def due():
@@ -172,7 +178,7 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = args.lr * runtime.lr_factor(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(net)
+        emas.update(net)
         meter.add(step, loss=loss, grad_norm=grad_norm)
         step += 1
         bar.update()

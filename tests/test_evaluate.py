@@ -350,21 +350,36 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
 
 
-def test_training_measures_itself_and_keeps_the_best(tmp_path, tree, features):
-    evaluation = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features]
-    evaluation += ["--cache_dir", str(tmp_path / "cache"), "--steps", "5"]
+def test_training_measures_itself_and_keeps_the_best_step_of_the_best_average(tmp_path, tree, features):
+    evaluation = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features, "--ema_decay", "0.5"]
+    evaluation += ["--cache_dir", str(tmp_path / "cache"), "--steps", "5", "--more_ema_decays", "0", "0.05"]
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert call(train0, *teacher_flags(tree), "--run_dir", a, *evaluation) == 0
-    assert call(train, "--teacher", a, "--run_dir", b, "--generator_lr", "1e-2", *TINY, *evaluation) == 0
+    fast = ["--dfake_gen_update_ratio", "1", "--generator_lr", "1e-2", "--warmup_steps", "0"]
+    assert call(train, "--teacher", a, "--run_dir", b, *TINY, *evaluation, *fast) == 0
+    chosen = set()
     for run in (a, b):
         rows = [json.loads(line) for line in Path(f"{run}/log.jsonl").read_text().splitlines()]
-        distance = {row["step"]: row["fd@64"] for row in rows if "fd@64" in row}
-        assert list(distance) == [2, 4, 5]
+        names = {0.5: "fd@64", 0.0: "fd@64_ema_0.0", 0.05: "fd@64_ema_0.05"}
+        rows = [row for row in rows if "fd@64" in row]
+        distance = {(row["step"], decay): row[name] for row in rows for decay, name in names.items()}
+        assert [row["step"] for row in rows] == [2, 4, 5] and len(set(distance.values())) == 9
         best, last = checkpoint.load(f"{run}/best.pt"), checkpoint.load(run)
-        assert best["step"] == min(distance, key=distance.get) and last["step"] == 5
-        assert best["best"] == last["best"] | dict(measured=best["step"])
+        step, decay = min(distance, key=distance.get)
+        chosen.add(decay)
+        assert best["step"] == step and last["step"] == 5
+        assert best["best"] == last["best"] | dict(measured=step)
         assert last["best"].pop("of").startswith("fd@64 in ")
-        assert last["best"] == dict(step=best["step"], distance=distance[best["step"]], measured=5)
+        assert last["best"] == dict(step=step, ema_decay=decay, distance=distance[step, decay], measured=5)
+        for state, sampled in ((best, decay), (last, 0.5)):
+            averages = {0.5: state["ema"], **state["more_emas"]}
+            assert same(state["model_ema"], averages[sampled]) and list(averages) == [0.5, 0.0, 0.05]
+            assert not any(same(state["model_ema"], averages[other]) for other in averages if other != sampled)
+    assert chosen != {0.5}                          # or this test says nothing of the others
+
+
+def same(network, average):
+    return all(torch.equal(value, average[f"module.{name}"]) for name, value in network.items())
 
 
 @pytest.mark.parametrize("script", [train0, train])

@@ -114,7 +114,7 @@ def interrupted(monkeypatch, script, at_step, signum):
 @pytest.mark.parametrize(("at_step", "signum", "decay"), [(2, signal.SIGTERM, "0.999"), (5, signal.SIGINT, "0")])
 def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, decay, capsys):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
-    flags = [*teacher_flags(tree), "--ema_decay", decay, "--steps", "7"]
+    flags = [*teacher_flags(tree), "--ema_decay", decay, "--more_ema_decays", "0.7", "0", "--steps", "7"]
     assert call(train0, *flags, "--run_dir", a) == 0
     interrupted(monkeypatch, train0, at_step, signum)
     assert call(train0, *flags, "--run_dir", b) == 0
@@ -124,7 +124,9 @@ def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signu
     assert_same_run(a, b)
 
 
-EVERYTHING = ["--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2"]
+EVERYTHING = [
+    "--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2", "--more_ema_decays", "0.7", "0",
+]
 
 
 @pytest.mark.parametrize(("at_step", "signum", "more"), [
