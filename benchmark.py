@@ -242,6 +242,8 @@ def main(argv=None):
     run.close()
     folder.cleanup()
     del functions                                   # a GPU's memory is one for all processes
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     for mode in args.modes:
         for name in names:
             memory[mode, name] = None if name == "loop" else peak_memory_alone(args, device, mode, name)

@@ -112,12 +112,12 @@ def consistent(state):
     )
 
 
-def weights_only(state):
+def slim(state):
     """What sampling, evaluation and distillation need of a loaded checkpoint, the averaged weights in half precision.
 
-    A tenth of its size or less; nothing to resume from.
+    A tenth of its size or less; nothing to resume from. save(path, slim(load(run))) makes a file to pass on.
     """
-    slim = {key: state[key] for key in ("kind", "label_dropout", *KINDS[state["kind"]]) if key in state}
+    slim = {key: state[key] for key in ("kind", "label_dropout", "ema_decay", *KINDS[state["kind"]]) if key in state}
     return dict(slim, model_ema={name: value.half() for name, value in state["model_ema"].items()})
 
 
@@ -152,7 +152,10 @@ class EMA(AveragedModel):
 
 
 class EMAs(torch.nn.ModuleList):
-    """Averages of one network at several decays, the first the one that counts; to find the decay in one run."""
+    """Averages of one network at several decays, to find the decay in one run; the first is the one that counts.
+
+    Decays above (1 + n) / (10 + n), see EMA, are alike up to update n: what can be told apart are shorter horizons.
+    """
 
     def __init__(self, model, decays):
         super().__init__(EMA(model, decay) for decay in decays)
@@ -164,13 +167,11 @@ class EMAs(torch.nn.ModuleList):
             ema.update_parameters(model)
 
     def state(self):
-        """What a checkpoint keeps to resume from."""
-        first, *more = self
-        return dict(ema=first.state_dict(), more_emas={ema.decay: ema.state_dict() for ema in more})
+        """What a checkpoint keeps to resume from: decay -> state."""
+        return {ema.decay: ema.state_dict() for ema in self}
 
     def load(self, state):
         """Take the averages from a checkpoint; one of a decay that it does not have goes on from its first."""
-        first, *more = self
-        first.load_state_dict(state["ema"])
-        for ema in more:
-            ema.load_state_dict(state.get("more_emas", {}).get(ema.decay, state["ema"]))
+        kept = state["emas"] if "emas" in state else {None: state["ema"]}           # None: before there were several
+        for ema in self:
+            ema.load_state_dict(kept.get(ema.decay, next(iter(kept.values()))))

@@ -39,7 +39,7 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
     Args:
         denoise: the denoiser.
         z: unit Gaussian noise, float [B, 3, 32, 32].
-        labels: class indices [B] or one-hot rows.
+        labels: class indices [B], -1 for no class.
 
     Returns:
         images, float32 [B, 3, 32, 32], about [-1, 1], not clipped.
@@ -91,7 +91,7 @@ def few_step_sample(generator, z, labels, sigmas, renoise):
     Args:
         generator: a denoiser (x_t, sigma, labels) -> x0_hat.
         z: unit Gaussian noise, float [B, 3, 32, 32].
-        labels: class indices [B] or one-hot rows.
+        labels: class indices [B], -1 for no class.
         sigmas: the noise levels; a list of one makes it the one-step generator of section 3, G(z sigma, sigma, y).
         renoise: i -> fresh unit noise [B, 3, 32, 32], for i = 1 .. len(sigmas) - 1.
 

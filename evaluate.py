@@ -148,7 +148,7 @@ def main(argv=None):
     )
     if state:
         report["checkpoint"] = dict(
-            sha256=digest, kind=state["kind"], step=state["step"],
+            sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
             evaluations=sampling.evaluations(state, args.num_steps, args.guidance_scale),
             guidance_scale=args.guidance_scale,
             bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +235,24 @@ class Validation:
             distances, images, self.labels, self.real, self.extractor, VALIDATION_NEIGHBOURS
         )
         return {f"{name}@{len(images)}": value for name, value in values.items()}
+
+    def compare(self, emas, draw, best, step):
+        """Measure each average of a network.
+
+        Args:
+            emas: checkpoint.EMAs.
+            draw: (net, z, labels, renoise) -> images.
+            best: dict(distance, step, ema_decay, measured) of the least distance so far, which is updated.
+
+        Returns:
+            what to log, a dict of floats; and the average that is the best so far, None if that was an earlier one.
+        """
+        values, better = {}, None
+        for ema in emas:
+            measured = self(partial(draw, ema.module))
+            values.update({name + ema.suffix: value for name, value in measured.items()})
+            if measured[self.key] < best["distance"]:
+                better = ema
+                best.update(distance=measured[self.key], step=step, ema_decay=ema.decay)
+        best["measured"] = step
+        return values, better

@@ -117,7 +117,7 @@ class SimpleUNet(nn.Module):
         Args:
             x: noisy images x_t = x_0 + sigma * eps, float [B, 3, 32, 32].
             sigma: standard deviation of the noise, > 0; a float, or a tensor of shape [], [B] or [B, 1, 1, 1].
-            labels: class indices [B] (int64), -1 for no class; or one-hot rows [B, label_dim], zeros for no class.
+            labels: class indices [B] (int64), -1 for no class.
             return_bottleneck: return the bottleneck features instead, without running the way up.
 
         Returns:
@@ -147,10 +147,7 @@ class SimpleUNet(nn.Module):
         """The raw network F of table 1; arguments as in forward, x and sigma already preconditioned."""
         angles = c_noise[:, None] * self.freqs                                      # [B, C/2]
         emb = self.sigma_embedding(torch.cat([angles.cos(), angles.sin()], dim=1))  # [B, 4C]
-        if labels.ndim == 2:
-            emb = emb + labels.to(emb.dtype) @ self.label_embedding.weight.to(emb.dtype)
-        else:
-            emb = emb + self.label_embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
+        emb = emb + self.label_embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
         emb = F.silu(emb)
 
         h = stem = self.stem(x)                                                     # [B, C, 32, 32]

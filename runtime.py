@@ -28,8 +28,8 @@ def pick_device(name, precision="auto"):
 
     Raises ValueError if it is not there.
 
-    Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and only
-    algorithms that give the same result each time, which an exact resume needs.
+    Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and of cuDNN's
+    algorithms only those that give the same result each time, which an exact resume needs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,6 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 
 import math
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -184,11 +183,11 @@ def main(argv=None):
             run.path / name,
             dict(
                 kind="student", step=step, classes=classes, model_config=net.config,
-                model_ema=ema.module.state_dict(), denoising_sigmas=model.denoising_sigmas,
+                model_ema=ema.module.state_dict(), ema_decay=ema.decay, denoising_sigmas=model.denoising_sigmas,
                 sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=label_dropout,
                 # From here on what only a resume needs; the randomness follows from the step. `model` holds the teacher
                 # too, so that the run stands on its own.
-                settings=cli.settings(args), model=model.state_dict(), **emas.state(), meter=meter.state(),
+                settings=cli.settings(args), model=model.state_dict(), emas=emas.state(), meter=meter.state(),
                 best=best,
                 generator_optimizer=generator_optimizer.state_dict(),
                 guidance_optimizer=guidance_optimizer.state_dict(),
@@ -228,16 +227,9 @@ def main(argv=None):
 
     @torch.no_grad()
     def measure():
-        values, better = {}, None
-        for ema in emas:
-            with runtime.autocast(device, args.precision):
-                measured = validation(partial(draw, ema.module))
-            values.update({name + ema.suffix: value for name, value in measured.items()})
-            if measured[validation.key] < best["distance"]:
-                better = ema
-                best.update(distance=measured[validation.key], step=step, ema_decay=ema.decay)
+        with runtime.autocast(device, args.precision):
+            values, better = validation.compare(emas, draw, best, step)
         run.scalars(step, values)
-        best["measured"] = step
         if better:
             save("best.pt", better)
         save()
@@ -297,11 +289,10 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
+            if step % args.save_every == 0 or step == args.steps or due():
+                save()                              # before a measurement, too: what ends that must not cost steps
             if due():
-                save()                              # a measurement takes long: what ends it must not cost steps
                 measure()
-            if step % args.save_every == 0 or step == args.steps:
-                save()
     if step < args.steps:
         save()
     bar.close()

@@ -9,7 +9,6 @@ Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tenso
 """
 
 import math
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -105,10 +104,10 @@ def main(argv=None):
             run.path / name,
             dict(
                 kind="teacher", step=step, classes=dataset.classes, model_config=net.config,
-                model_ema=ema.module.state_dict(), sigma_min=args.sigma_min, sigma_max=args.sigma_max,
-                label_dropout=args.label_dropout,
+                model_ema=ema.module.state_dict(), ema_decay=ema.decay,
+                sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=args.label_dropout,
                 # From here on what only a resume needs; the randomness and the place in the data follow from the step.
-                settings=cli.settings(args), model=net.state_dict(), **emas.state(), meter=meter.state(),
+                settings=cli.settings(args), model=net.state_dict(), emas=emas.state(), meter=meter.state(),
                 best=best, optimizer=optimizer.state_dict(),
             ),
         )
@@ -131,16 +130,9 @@ def main(argv=None):
 
     @torch.no_grad()
     def measure():
-        values, better = {}, None
-        for ema in emas:
-            with runtime.autocast(device, args.precision):
-                measured = validation(partial(draw, ema.module))
-            values.update({name + ema.suffix: value for name, value in measured.items()})
-            if measured[validation.key] < best["distance"]:
-                better = ema
-                best.update(distance=measured[validation.key], step=step, ema_decay=ema.decay)
+        with runtime.autocast(device, args.precision):
+            values, better = validation.compare(emas, draw, best, step)
         run.scalars(step, values)
-        best["measured"] = step
         if better:
             save("best.pt", better)
         save()
@@ -193,11 +185,10 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
+            if step % args.save_every == 0 or step == args.steps or due():
+                save()                              # before a measurement, too: what ends that must not cost steps
             if due():
-                save()                              # a measurement takes long: what ends it must not cost steps
                 measure()
-            if step % args.save_every == 0 or step == args.steps:
-                save()
     if step < args.steps:
         save()
     bar.close()

@@ -11,7 +11,7 @@ import copy
 from torch import nn
 
 from diffusion import SIGMA_MAX, SIGMA_MIN, denoising_sigmas, few_step_sample
-from guidance import GuidanceModel
+from guidance import GuidanceModel, fresh_random
 
 
 class UnifiedModel(nn.Module):
@@ -40,7 +40,7 @@ class UnifiedModel(nn.Module):
         of them, drawn by rng, so that each is trained on what it will be given when sampling (DMD2, section 4.5,
         backward simulation); gradients come from the last one alone.
         """
-        steps = len(self.denoising_sigmas)
+        steps, rng = len(self.denoising_sigmas), rng or fresh_random(z.device)
         sigmas = self.denoising_sigmas[: 1 + rng.choice(steps)] if steps > 1 else self.denoising_sigmas
         return few_step_sample(self.feedforward_model, z, labels, sigmas, lambda i: rng.normal(*z.shape))
 

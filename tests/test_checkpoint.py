@@ -147,6 +147,23 @@ def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
     assert not ema.module.weight.requires_grad
 
 
+def test_averages_resume_by_their_decay_and_a_new_one_from_the_first():
+    net = torch.nn.Linear(1, 1)
+    emas = checkpoint.EMAs(net, [0.6, 0.3, 0.0])
+    for value in range(40):
+        torch.nn.init.constant_(net.weight, float(value))
+        emas.update(net)
+    weights = {ema.decay: ema.module.weight.item() for ema in emas}
+    assert weights[0.6] < weights[0.3] < weights[0.0] == 39         # the longer the horizon, the older
+    resumed = checkpoint.EMAs(net, [0.3, 0.9, 0.6])
+    resumed.load(dict(emas=emas.state()))
+    assert [ema.module.weight.item() for ema in resumed] == [weights[0.3], weights[0.6], weights[0.6]]
+    assert [ema.suffix for ema in resumed] == ["", "_ema_0.9", "_ema_0.6"]
+    assert all(ema.n_averaged.item() == 40 for ema in resumed)
+    resumed.load(dict(ema=emas[2].state_dict()))    # a checkpoint of before there were several
+    assert [ema.module.weight.item() for ema in resumed] == [39, 39, 39]
+
+
 def test_a_student_of_one_step_saved_before_there_were_several_still_loads(tmp_path):
     checkpoint.save(tmp_path / "old.pt", dict(teacher_state(), kind="student", conditioning_sigma=80.0))
     assert checkpoint.load(tmp_path / "old.pt", kind="student")["denoising_sigmas"] == [80.0]

@@ -372,8 +372,9 @@ def test_training_measures_itself_and_keeps_the_best_step_of_the_best_average(tm
         assert last["best"].pop("of").startswith("fd@64 in ")
         assert last["best"] == dict(step=step, ema_decay=decay, distance=distance[step, decay], measured=5)
         for state, sampled in ((best, decay), (last, 0.5)):
-            averages = {0.5: state["ema"], **state["more_emas"]}
+            averages = state["emas"]
             assert same(state["model_ema"], averages[sampled]) and list(averages) == [0.5, 0.0, 0.05]
+            assert state["ema_decay"] == sampled
             assert not any(same(state["model_ema"], averages[other]) for other in averages if other != sampled)
     assert chosen != {0.5}                          # or this test says nothing of the others
 

@@ -168,7 +168,7 @@ def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(t
     assert call(train, *flags, "--precision", "bf16", *TINY) == 0
     state = checkpoint.load(f"{tmp_path}/b")        # generator turns at steps 0, 3 and 6
     updates = {name: state[f"{name}_optimizer"]["state"][0]["step"].item() for name in ("generator", "guidance")}
-    assert updates == dict(generator=3, guidance=7) and state["ema"]["n_averaged"].item() == 3
+    assert updates == dict(generator=3, guidance=7) and state["emas"][0.999]["n_averaged"].item() == 3
     initial = checkpoint.load(teacher)["model_ema"]
     for name in ("feedforward_model", "guidance_model.fake_unet"):
         assert any(not torch.equal(state["model"][f"{name}.{k}"], v) for k, v in initial.items())
@@ -449,13 +449,13 @@ def test_without_a_run_the_shipped_weights_are_taken_and_said(tmp_path, teacher,
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
     monkeypatch.chdir(work)
     assert call(sample, "--device", "cpu") == 2                     # none are shipped, none are there
-    checkpoint.save(weights / "teacher.pt", checkpoint.weights_only(checkpoint.load(teacher)))
+    checkpoint.save(weights / "teacher.pt", checkpoint.slim(checkpoint.load(teacher)))
     assert os.path.getsize(weights / "teacher.pt") < os.path.getsize(f"{teacher}/checkpoint.pt") / 5
     capsys.readouterr()
     assert call(train, *TINY, "--steps", "1", "--run_dir", "elsewhere") == 0
     assert f"no run in runs/teacher: taking the shipped weights, {weights}/teacher.pt" in capsys.readouterr().out
     student = checkpoint.load("elsewhere")
-    checkpoint.save(weights / "student.pt", checkpoint.weights_only(student))
+    checkpoint.save(weights / "student.pt", checkpoint.slim(student))
     assert call(sample, "--num_images", "2", "--npz", "a.npz", "--device", "cpu") == 0
     assert f"{weights}/student.pt" in capsys.readouterr().out
     assert call(sample, "--num_images", "2", "--npz", "b.npz", "--device", "cpu", "--checkpoint", "elsewhere") == 0
