@@ -30,9 +30,9 @@ PRESETS = {
         p_mean=0.3, p_std=1.5,
         log_every=20, sample_every=900, save_every=500,
     ),
-    # CIFAR-10 in two hours or three on 2 CPU cores; with a GPU take the defaults, four times the network.
+    # CIFAR-10 in four hours or so on 2 CPU cores; with a GPU take the defaults, four times the network.
     "cifar10": dict(
-        channels=32, batch_size=64, steps=22_000, ema_decay=0.999, p_mean=-0.8, p_std=1.4, label_dropout=0.1,
+        channels=32, batch_size=64, steps=32_000, ema_decay=0.999, p_mean=-0.8, p_std=1.4, label_dropout=0.1,
         log_every=50, sample_every=2000, save_every=500,
     ),
 }
