@@ -72,10 +72,14 @@ STATED = [
         "student/curve/-1/fd@2048", "% student/curve/-1/class_accuracy@2048"]),
     *[("| teacher, 35 evaluations | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
         f"teacher/curve/{i}/steps", f"teacher/curve/{i}/minutes", f"teacher/curve/{i}/fd",
-        f"% teacher/curve/{i}/class_accuracy"]) for i in range(3)],
+        f"% teacher/curve/{i}/class_accuracy"]) for i in range(4)],
     *[("| student, 1 evaluation (2,048 images) | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
         f"student/curve/{i}/steps", f"student/curve/{i}/minutes", f"student/curve/{i}/fd@2048",
-        f"% student/curve/{i}/class_accuracy@2048"]) for i in range(6)],
+        f"% student/curve/{i}/class_accuracy@2048"]) for i in range(4)],
+    *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg", [
+        f"guidance/{scale}/curve/-1/fd@2048", *(
+            f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
+      for scale in ("1.5", "2", "3")],
     *[(f"| {who} | {{}} | {{}} |", "published", [f"rows/{i}/evaluations", f"rows/{i}/fid"]) for i, who in enumerate(
         ("EDM, the usual teacher", "DMD2, NVIDIA FastGen", "f-distill, forward KL", "SiD", "SiD2A"))],
     *[(f"| {title} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:,}} |", "benchmark", [
@@ -112,8 +116,10 @@ STATED = [
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
     50,000 steps of 256 images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
-    a guidance of 1.5; of 2,048 images; (2,048 images); all but a few of 5,000 images;
-    5,000 images against the training set; when it had 5,600 of its steps; get 50,000 images for evaluation
+    of 2,048 images; (2,048 images); one seed each, 2,048 images; recall by 10,000 real images;
+    all but a few of 5,000 images;
+    5,000 images against the training set; when it had 5,600 of its steps;
+    after 1,200 steps; in its last 10,000 of 22,000 steps; get 50,000 images for evaluation
 """
 
 
