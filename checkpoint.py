@@ -117,8 +117,8 @@ def slim(state):
 
     A tenth of its size or less; nothing to resume from. save(path, slim(load(run))) makes a file to pass on.
     """
-    slim = {key: state[key] for key in ("kind", "label_dropout", "ema_decay", *KINDS[state["kind"]]) if key in state}
-    return dict(slim, model_ema={name: value.half() for name, value in state["model_ema"].items()})
+    kept = {key: state[key] for key in ("kind", "label_dropout", "ema_decay", *KINDS[state["kind"]]) if key in state}
+    return dict(kept, model_ema={name: value.half() for name, value in state["model_ema"].items()})
 
 
 def ema_model(state, device="cpu"):
