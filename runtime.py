@@ -241,6 +241,10 @@ class RunFolder:
         self.logged = [set(json.loads(line)) for line in lines if json_step(line) == start_step]
         # TensorBoard's writer thread prints its failure and raises it again in the main thread: once is enough.
         threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
+        # TensorBoard reads its files in the order of their names, which begin with the second they were made in: a run
+        # killed and resumed within one could come out reversed, and lose its last steps.
+        while list(self.path.glob(f"tensorboard/*.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
 
     @distributed.main_only
