@@ -67,6 +67,13 @@ def test_backward_simulation_keeps_every_gradient_in_bf16():
         model.feedforward_model.zero_grad(set_to_none=True)
 
 
+def test_several_steps_draw_their_own_noise_where_none_is_given():
+    model, z = UnifiedModel(small_net(), 80.0, 3), torch.randn(4, 3, 32, 32)
+    images = [model.generate(z, LABELS) for _ in range(8)]          # of one, two and three steps
+    assert all(image.shape == z.shape and image.isfinite().all() for image in images)
+    assert any(not torch.equal(image, images[0]) for image in images)
+
+
 class Affine(nn.Module):
     """x -> a + b x / sigma: the generator that can turn unit noise into any Gaussian."""
 
