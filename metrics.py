@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.export.passes import move_to_device_pass
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -97,7 +98,9 @@ def exported(path, device):
     """
     try:
         content = Path(path).read_bytes()
-        program = torch.export.load(without_pickles(content)).module().to(device)
+        # A program remembers the device that it was made on and checks its input for it: .to(device) would not do.
+        program = torch.export.load(without_pickles(content))
+        program = move_to_device_pass(program, torch.empty(0, device=device).device).module()
         out = program(torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=device))
         features, logits = out if isinstance(out, tuple | list) else (out, None)
         if features.ndim != 2 or len(features) != 4 or (logits is not None and logits.ndim != 2):

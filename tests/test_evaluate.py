@@ -291,6 +291,15 @@ def test_a_feature_network_with_a_pickle_in_it_is_refused_and_not_run(tmp_path, 
     assert os.listdir(tmp_path) == ["evil.pt2"]
 
 
+def test_a_feature_network_runs_on_another_device_than_it_was_made_on(features):
+    """The second device at hand everywhere is the one without numbers; a program left on the CPU takes its tensors."""
+    network = metrics.exported(features, torch.device("meta")).network
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    assert network(images.to("meta"))[0].device.type == "meta"
+    with pytest.raises(RuntimeError, match=r"Expected: meta.*, Got: cpu"):
+        network(images)
+
+
 def test_the_smuggled_pickles_would_run_in_torch_itself(tmp_path, features):
     path = smuggle(tmp_path / "evil.pt2", features, "legacy_weights")
     with contextlib.suppress(Exception):
