@@ -20,15 +20,17 @@ demo: .venv/requirements.txt
 	@echo "teacher, 35 evaluations an image: $(CURDIR)/runs/demo/teacher.png"
 	@echo "student, 1 evaluation an image:   $(CURDIR)/runs/demo/student.png"
 
-# The same on CIFAR-10: hours on a CPU. DATA="--dataset folder --data_dir DIR" takes other images.
+# The same on CIFAR-10: hours on a CPU. DATA="--dataset folder --data_dir DIR" takes other images, PRESET=cifar10_gpu
+# the larger network for a GPU.
 DATA ?= --dataset cifar10
+PRESET ?= cifar10
 cifar10: .venv/requirements.txt
-	$(RUN) train0.py --preset cifar10 $(DATA) --run_dir runs/cifar10/teacher --resume
-	$(RUN) train.py --preset cifar10 --teacher runs/cifar10/teacher --run_dir runs/cifar10/dmd2 --resume
-	$(RUN) sample.py --checkpoint runs/cifar10/teacher --out runs/cifar10/teacher.png
-	$(RUN) sample.py --checkpoint runs/cifar10/dmd2 --out runs/cifar10/student.png
-	$(RUN) evaluate.py --checkpoint runs/cifar10/teacher --num_images 10000 $(EVALUATE) --out runs/cifar10/teacher.json
-	$(RUN) evaluate.py --checkpoint runs/cifar10/dmd2 --num_images 10000 $(EVALUATE) --out runs/cifar10/student.json
+	$(RUN) train0.py --preset $(PRESET) $(DATA) --run_dir runs/$(PRESET)/teacher --resume
+	$(RUN) train.py --preset $(PRESET) --teacher runs/$(PRESET)/teacher --run_dir runs/$(PRESET)/dmd2 --resume
+	$(RUN) sample.py --checkpoint runs/$(PRESET)/teacher --out runs/$(PRESET)/teacher.png
+	$(RUN) sample.py --checkpoint runs/$(PRESET)/dmd2 --out runs/$(PRESET)/student.png
+	$(RUN) evaluate.py --checkpoint runs/$(PRESET)/teacher --num_images 10000 $(EVALUATE) --out runs/$(PRESET)/teacher.json
+	$(RUN) evaluate.py --checkpoint runs/$(PRESET)/dmd2 --num_images 10000 $(EVALUATE) --out runs/$(PRESET)/student.json
 
 test: .venv/requirements-test.txt
 	$(RUN) -m ruff check .

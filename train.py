@@ -48,6 +48,11 @@ PRESETS = {
         guidance_scale=2.0, conditioning_sigma=3.0, lr_schedule="cosine", log_every=20, sample_every=400,
         save_every=200,
     ),
+    # The same for a GPU and its larger teacher: half the rates for twice the width. Its length has not been run yet.
+    "cifar10_gpu": dict(
+        batch_size=256, steps=24_000, dfake_gen_update_ratio=2, generator_lr=2.5e-4, guidance_lr=1.5e-3,
+        guidance_scale=2.0, conditioning_sigma=3.0, lr_schedule="cosine", compile=True,
+    ),
 }
 # Two steps can follow one another only if these stay as they were.
 FIXED = (

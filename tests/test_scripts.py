@@ -81,11 +81,22 @@ def test_teacher_student_and_samples_through_the_real_scripts(tmp_path, tree):
         assert {"checkpoint.pt", "log.jsonl", "tensorboard", "grids"} <= set(os.listdir(run))
 
 
-def test_the_demo_preset_runs_on_shapes(tmp_path):
-    few = ["--steps", "1", "--batch_size", "4", "--device", "cpu"]
-    assert call(train0, "--preset", "demo", "--run_dir", f"{tmp_path}/a", *few) == 0
-    assert call(train, "--preset", "demo", "--teacher", f"{tmp_path}/a", "--run_dir", f"{tmp_path}/b", *few) == 0
-    assert checkpoint.load(f"{tmp_path}/b")["settings"]["generator_lr"] == train.PRESETS["demo"]["generator_lr"]
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
+    for script in (train0, train):
+        monkeypatch.delitem(script.PRESETS[preset], "compile", raising=False)       # a minute, and tried elsewhere
+    few = ["--preset", preset, "--steps", "1", "--batch_size", "4", "--device", "cpu"]
+    a, b = f"{tmp_path}/a", f"{tmp_path}/b"
+    assert call(train0, "--dataset", "shapes", "--channels", "8", "--run_dir", a, *few) == 0
+    assert call(train, "--teacher", a, "--run_dir", b, *few) == 0
+    assert checkpoint.load(b)["settings"]["generator_lr"] == train.PRESETS[preset]["generator_lr"]
+
+
+@pytest.mark.parametrize("script", [train0, train])
+def test_presets_set_flags_that_there_are(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                     # argparse takes defaults of any name
+    args = [vars(script.parse_args(["--preset", preset])[0]) for preset in script.PRESETS]
+    assert all(found.keys() == vars(script.parse_args([])[0]).keys() for found in args)
 
 
 def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
