@@ -44,8 +44,8 @@ PRESETS = {
     # larger (results/ablation_cifar10_jpeg.json). Guidance makes it smaller; of 1.5, 2 and 3 the last costs variety
     # (results/cifar10_tuning.md).
     "cifar10": dict(
-        batch_size=64, steps=1200, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.97,
-        guidance_scale=2.0, conditioning_sigma=3.0, lr_schedule="cosine", log_every=20, sample_every=400,
+        batch_size=64, steps=3600, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.97,
+        guidance_scale=2.0, conditioning_sigma=3.0, lr_schedule="cosine", log_every=20, sample_every=600,
         save_every=200,
     ),
     # The same for a GPU and its larger teacher: half the rates for twice the width. Its length has not been run yet.

@@ -75,7 +75,7 @@ STATED = [
         f"% teacher/curve/{i}/class_accuracy"]) for i in range(4)],
     *[("| student, 1 evaluation (2,048 images) | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
         f"student/curve/{i}/steps", f"student/curve/{i}/minutes", f"student/curve/{i}/fd@2048",
-        f"% student/curve/{i}/class_accuracy@2048"]) for i in range(4)],
+        f"% student/curve/{i}/class_accuracy@2048"]) for i in range(6)],
     *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg", [
         f"guidance/{scale}/curve/-1/fd@2048", *(
             f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
@@ -119,7 +119,7 @@ SETTINGS = """
     of 2,048 images; (2,048 images); one seed each, 2,048 images; recall by 10,000 real images;
     all but a few of 5,000 images;
     5,000 images against the training set; when it had 5,600 of its steps;
-    after 1,200 steps; in its last 10,000 of 22,000 steps; get 50,000 images for evaluation
+    after 1,200 steps; It takes 3,600 steps; in its last 10,000 of 22,000 steps; get 50,000 images for evaluation
 """
 
 
