@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -182,6 +183,7 @@ def peak_memory_alone(args, device, mode, name):
 
 
 def measure_memory(args, device, mode, name):
+    runtime.pick_device(args.device)                # its choice of algorithms holds for one process, this is another
     runtime.allow_tf32(mode != "fp32")
     function = parts(args, device, mode)[name]
     function()
@@ -194,7 +196,9 @@ def operators(function, device, most=10):
     with profile(activities=activities) as seen:
         function()
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, own) for event in seen.key_averages()}
+    # An operator's time on the GPU holds that of its kernels, which are in the list once more.
+    events = [event for event in seen.key_averages() if event.device_type == DeviceType.CPU]
+    times = {event.key: getattr(event, own) for event in events}
     total = sum(times.values())
     largest = sorted(times, key=times.get, reverse=True)[:most]
     return {name: round(times[name] / total, 4) for name in largest} if total else {}

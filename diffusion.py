@@ -100,6 +100,7 @@ def few_step_sample(generator, z, labels, sigmas, renoise):
     """
     grad, x_gen = torch.is_grad_enabled(), 0
     for i, sigma in enumerate(sigmas):
+        sigma = torch.full((), sigma, device=z.device)          # as a float it would be compiled anew for each level
         x_t = x_gen + sigma * (renoise(i) if i else z)
         with torch.set_grad_enabled(grad and i == len(sigmas) - 1):
             x_gen = generator(x_t, sigma, labels)                                   # [B, 3, 32, 32]

@@ -46,7 +46,8 @@ def parse_args(argv=None):
         "--num_images", type=cli.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
     )
     parser.add_argument(
-        "--batch_size", type=cli.count, default=250, help="images at a time; moves nothing but, in bf16, roundings"
+        "--batch_size", type=cli.count, default=250,
+        help="images at a time; moves nothing but, in bf16 or on a GPU, roundings",
     )
     parser.add_argument("--repeats", type=cli.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")

@@ -29,7 +29,8 @@ def pick_device(name, precision="auto"):
     Raises ValueError if it is not there.
 
     Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and of cuDNN's
-    algorithms only those that give the same result each time, which an exact resume needs.
+    algorithms only those that give the same result each time, which an exact resume needs. On a GPU it may not be
+    enough for one: what --compile makes of an embedding's backward adds with atomics, in no fixed order.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,7 +38,9 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=cli.path, default="grid.png", help="the grid, a PNG: one class per row")
     parser.add_argument("--npz", type=cli.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]")
     parser.add_argument("--num_images", type=cli.count, default=100, help="images in all")
-    parser.add_argument("--batch_size", type=cli.count, default=100, help="images at a time; changes speed only")
+    parser.add_argument(
+        "--batch_size", type=cli.count, default=100, help="images at a time; moves nothing but, on a GPU, roundings"
+    )
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
     parser.add_argument(

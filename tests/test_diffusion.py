@@ -93,7 +93,7 @@ def test_only_the_last_of_several_steps_takes_a_gradient():
     levels = {80.0: 0, 2.0: 1}
 
     def generator(x_t, sigma, labels):
-        return weight[levels[sigma]] * x_t
+        return weight[levels[float(sigma)]] * x_t
 
     z = torch.ones(1, 3, 2, 2)
     diffusion.few_step_sample(generator, z, None, [80.0, 2.0], lambda i: z).sum().backward()
