@@ -89,7 +89,7 @@ STATED = [
           ("one-step sampling", "sample_one_step"), ("Heun sampling, 35 evaluations", "sample_heun"))],
     ("One-step sampling makes {:.1f}, {:.1f} and {:.1f} times as many", "benchmark", [
         f"ratios/{mode}/one_step_to_heun_images" for mode in MODES]),
-    ("A guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
+    ("a guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
         f"ratios/{mode}/guidance_turn_to_floor" for mode in MODES]),
     ("a line of log, {:.2f} % of it in bf16", "benchmark", ["% ratios/bf16/loop_to_guidance_turn"]),
     ("of a teacher step in bf16 {:.0f} % are the backward of convolutions and {:.0f} % their forward, and the whole "
@@ -117,7 +117,7 @@ STATED = [
 SETTINGS = """
     50,000 steps of 256 images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
     of 2,048 images; (2,048 images); one seed each, 2,048 images; recall by 10,000 real images;
-    all but a few of 5,000 images;
+    all but a few of 5,000 images; whose evaluations are 35 times as many;
     5,000 images against the training set; when it had 5,600 of its steps;
     after 1,200 steps; It takes 3,600 steps; in its last 10,000 of 22,000 steps; get 50,000 images for evaluation
 """
