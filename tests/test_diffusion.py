@@ -109,3 +109,17 @@ def test_guidance_moves_from_the_unconditional_estimate_through_the_conditional_
     for scale, wanted in ((0.0, 0.25), (3.0, 2.5)):
         guided = diffusion.guided(denoise, scale)(x, 1.0, labels)
         torch.testing.assert_close(guided, torch.full_like(x, wanted))
+
+
+def test_all_noise_levels_share_one_compiled_graph():
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    generator = torch.compile(GaussianDenoiser(0.3, 0.2), backend=backend)
+    z = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():                           # the one that takes a gradient is another
+        diffusion.few_step_sample(generator, z, None, [80.0, 9.0, 2.0, 0.5], lambda i: z)
+    assert len(graphs) == 1
