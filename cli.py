@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
         for action in self._actions:                # older Pythons make an empty list of --flag=--
-            if action.nargs in (None, "+") and getattr(parsed, action.dest, None) == []:
+            if action.nargs in (None, "+", 2) and getattr(parsed, action.dest, None) == []:
                 self.error(f"argument {action.option_strings[0]}: expected one argument")
         return parsed
 
@@ -145,6 +145,16 @@ def add_dataset(parser, title, dataset="cifar10", data_dir="data", flip=True):
     )
     if flip:
         group.add_argument("--flip", type=number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
+
+
+def add_guidance(parser, whose):
+    parser.add_argument(
+        "--guidance_scale", type=weight, default=1.0, help=f"classifier-free guidance of {whose}, 1: none"
+    )
+    parser.add_argument(
+        "--guidance_interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
+        help="noise levels above LOW up to HIGH at which that guidance acts; default: all",
+    )
 
 
 def add_features(parser):
@@ -265,14 +275,18 @@ def dataset(args, state=None, split="train"):
 
 
 def check_sampling(args, state):
-    """Raises UsageError if --guidance_scale asks for what the checkpoint cannot do when it is sampled."""
+    """Raises UsageError if the guidance flags ask for what the checkpoint cannot do when it is sampled."""
     if args.guidance_scale != 1 and state["kind"] == "student":
         raise UsageError("--guidance_scale is for teachers: a student keeps the guidance that it was distilled with")
+    if args.guidance_interval and args.guidance_scale == 1:
+        raise UsageError("--guidance_interval needs a --guidance_scale other than 1")
     check_guidance(args, state)
 
 
 def check_guidance(args, state):
-    """Raises UsageError if --guidance_scale asks for what the checkpoint's network cannot do."""
+    """Raises UsageError if the guidance flags ask for what the checkpoint's network cannot do."""
+    if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
+        raise UsageError("--guidance_interval {} {}: the first is not below the second".format(*args.guidance_interval))
     if args.guidance_scale != 1 and not state.get("label_dropout"):
         raise UsageError(
             f"--guidance_scale {args.guidance_scale} needs a teacher that was trained with --label_dropout above 0"

@@ -3,6 +3,8 @@
 Everything here takes a denoiser `denoise(x_t, sigma, labels) -> x0_hat` and knows nothing of what is inside it.
 """
 
+import math
+
 import torch
 
 SIGMA_MIN = 0.002
@@ -58,19 +60,24 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
     return x
 
 
-def guided(denoise, scale):
+def guided(denoise, scale, interval=None):
     """The denoiser with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): uncond + w (cond - uncond).
 
     Args:
         denoise: a denoiser trained with label dropout, to which label -1 means no class.
         scale: w; 1 is the denoiser itself and costs nothing.
+        interval: low, high: w acts at low < sigma <= high and is 1 elsewhere, as guidance at high noise costs variety
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724, equation 5); None: everywhere.
     """
     if scale == 1:
         return denoise
+    low, high = interval or (0, math.inf)
 
     def denoise_guided(x_t, sigma, labels):
+        sigma = torch.as_tensor(sigma, device=x_t.device)
+        w = torch.where((low < sigma) & (sigma <= high), scale, 1.0)                # [], or [B, 1, 1, 1]
         uncond = denoise(x_t, sigma, torch.full_like(labels, -1))
-        return uncond + scale * (denoise(x_t, sigma, labels) - uncond)
+        return uncond + w * (denoise(x_t, sigma, labels) - uncond)
 
     return denoise_guided
 

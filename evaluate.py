@@ -51,9 +51,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--repeats", type=cli.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
-    parser.add_argument(
-        "--guidance_scale", type=cli.weight, default=1.0, help="classifier-free guidance of a teacher, 1: none"
-    )
+    cli.add_guidance(parser, "a teacher")
     parser.add_argument(
         "--neighbours", type=cli.number(int, LEAST_IMAGES), help="images of each set that precision and recall look "
         "at, in a time that grows with its square: minutes for 50,000 on a CPU; default: all, as torch-fidelity"
@@ -113,7 +111,9 @@ def main(argv=None):
         digest = hashlib.sha256(checkpoint.find(args.checkpoint).read_bytes()).hexdigest()
         cli.check_sampling(args, state)
         with cli.restoring(args.checkpoint):
-            sample = sampling.sampler(state, device, args.num_steps, args.guidance_scale, args.compile)
+            sample = sampling.sampler(
+                state, device, args.num_steps, args.guidance_scale, args.guidance_interval, args.compile
+            )
     else:
         given, labels = read_npz(args.npz) if args.npz else (read_images(args.images), None)
         if len(given) < LEAST_IMAGES:
@@ -151,7 +151,7 @@ def main(argv=None):
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
             evaluations=sampling.evaluations(state, args.num_steps, args.guidance_scale),
-            guidance_scale=args.guidance_scale,
+            guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
             bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),
         )

@@ -72,7 +72,7 @@ class GuidanceModel(nn.Module):
         min_step_percent, max_step_percent: range of the noise levels of the distribution matching loss, as fractions
             of the 1000 Karras steps, 0 the least noise.
         sigma_min, sigma_max: range of the Karras schedule; images span [-1, 1].
-        guidance_scale: classifier-free guidance of real_unet; 1 is none.
+        guidance_scale, guidance_interval: classifier-free guidance of real_unet, as in diffusion.guided; 1 is none.
         gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a SimpleUNet, or have its
             bottleneck_channels and return_bottleneck.
         diffusion_gan_max_timestep: the GAN compares images noised to a timestep below this one of 1000; 0: clean ones.
@@ -81,7 +81,8 @@ class GuidanceModel(nn.Module):
 
     def __init__(
         self, teacher, min_step_percent=0.02, max_step_percent=0.98, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
-        guidance_scale=1.0, gan=False, diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl",
+        guidance_scale=1.0, guidance_interval=None, gan=False, diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS,
+        f_div="rkl",
     ):
         super().__init__()
         if f_div != "rkl" and not gan:
@@ -92,7 +93,7 @@ class GuidanceModel(nn.Module):
         self.real_unet = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.fake_unet = copy.deepcopy(teacher).train().requires_grad_(True)
         self.cls_head = ClassifierHead(teacher.bottleneck_channels) if gan else None
-        self.guidance_scale, self.f_div = guidance_scale, f_div
+        self.guidance_scale, self.guidance_interval, self.f_div = guidance_scale, guidance_interval, f_div
         self.diffusion_gan_max_timestep = diffusion_gan_max_timestep
         last = NUM_TRAIN_TIMESTEPS - 1
         self.min_step = min(int(min_step_percent * NUM_TRAIN_TIMESTEPS), last)
@@ -125,7 +126,7 @@ class GuidanceModel(nn.Module):
         with torch.no_grad():
             x_t, sigma = self.add_noise(x_gen, self.min_step, self.max_step, rng)
             # grad = (p_real - p_fake) / mean|p_real|,    p = x_gen - denoised(x_t)
-            real_unet = guided(self.real_unet, self.guidance_scale)
+            real_unet = guided(self.real_unet, self.guidance_scale, self.guidance_interval)
             p_real = x_gen - real_unet(x_t, sigma, labels)                          # [B, 3, 32, 32]
             p_fake = x_gen - self.fake_unet(x_t, sigma, labels)
             weight = p_real.abs().mean(dim=(1, 2, 3), keepdim=True)                 # [B, 1, 1, 1]

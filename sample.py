@@ -43,9 +43,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
-    parser.add_argument(
-        "--guidance_scale", type=cli.weight, default=1.0, help="classifier-free guidance of a teacher, 1: none"
-    )
+    cli.add_guidance(parser, "a teacher")
     args = parser.parse_args(argv)
     args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     for path in filter(None, (args.out, args.npz)):
@@ -73,7 +71,9 @@ def main(argv=None):
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
     with cli.restoring(args.checkpoint):
-        sample = sampling.sampler(state, device, args.num_steps, args.guidance_scale, args.compile)
+        sample = sampling.sampler(
+            state, device, args.num_steps, args.guidance_scale, args.guidance_interval, args.compile
+        )
 
     start = time.perf_counter()
     with runtime.autocast(device, args.precision):

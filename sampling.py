@@ -25,11 +25,11 @@ def evaluations(state, num_steps, guidance_scale=1.0):
     return (2 * num_steps - 1) * (1 if guidance_scale == 1 else 2)
 
 
-def sampler(state, device, num_steps=18, guidance_scale=1.0, compile=False):
+def sampler(state, device, num_steps=18, guidance_scale=1.0, guidance_interval=None, compile=False):
     """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, by its averaged weights.
 
     A student makes an image in the steps that it was trained for, one as a rule (renoise as in few_step_sample); a
-    teacher in num_steps steps of Heun's method, with classifier-free guidance where guidance_scale is not 1.
+    teacher in num_steps steps of Heun's method, where guidance_scale is not 1 with the guidance of diffusion.guided.
     """
     net = checkpoint.ema_model(state, device)
     if compile:
@@ -37,7 +37,8 @@ def sampler(state, device, num_steps=18, guidance_scale=1.0, compile=False):
     if state["kind"] == "student":
         sigmas = state["denoising_sigmas"]
         return torch.no_grad()(lambda z, labels, renoise: diffusion.few_step_sample(net, z, labels, sigmas, renoise))
-    denoise, schedule = diffusion.guided(net, guidance_scale), (num_steps, state["sigma_min"], state["sigma_max"])
+    denoise = diffusion.guided(net, guidance_scale, guidance_interval)
+    schedule = num_steps, state["sigma_min"], state["sigma_max"]
     return lambda z, labels, renoise: diffusion.heun_sample(denoise, z, labels, *schedule)
 
 

@@ -99,9 +99,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--num_denoising_steps", type=cli.number(int, 1, 100), default=1, help="evaluations per image of the student"
     )
-    parser.add_argument(
-        "--guidance_scale", type=cli.weight, default=1.0, help="classifier-free guidance of real_unet, 1: none"
-    )
+    cli.add_guidance(parser, "real_unet")
     cli.add_dataset(parser, "the GAN's real images, by default the teacher's", dataset=None, data_dir=None)
     args, state = cli.parse_training(parser, "student", PRESETS, argv, FIXED)
     if state is None:
@@ -145,7 +143,7 @@ def main(argv=None):
     model = UnifiedModel(
         net, args.conditioning_sigma, args.num_denoising_steps, args.sigma_min, sigma_max=args.sigma_max,
         min_step_percent=args.min_step_percent, max_step_percent=args.max_step_percent,
-        guidance_scale=args.guidance_scale, gan=gan, f_div=args.f_div,
+        guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval, gan=gan, f_div=args.f_div,
         diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
@@ -210,7 +208,7 @@ def main(argv=None):
         return image_noise(args.seed, range(8 * rows), draw).to(device)
 
     with runtime.autocast(device, args.precision):
-        teacher = diffusion.guided(guidance.real_unet, args.guidance_scale)
+        teacher = diffusion.guided(guidance.real_unet, args.guidance_scale, args.guidance_interval)
         teacher_grid = diffusion.heun_sample(teacher, grid_noise(0), grid_labels, 18, args.sigma_min, args.sigma_max)
     if args.compile:                                # after the grid, whose batch has another size
         torch._dynamo.config.recompile_limit = 32   # three networks share one forward, each with and without gradient

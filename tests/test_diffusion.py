@@ -109,6 +109,10 @@ def test_guidance_moves_from_the_unconditional_estimate_through_the_conditional_
     for scale, wanted in ((0.0, 0.25), (3.0, 2.5)):
         guided = diffusion.guided(denoise, scale)(x, 1.0, labels)
         torch.testing.assert_close(guided, torch.full_like(x, wanted))
+    sigma = torch.tensor([0.5, 0.51, 2.0]).view(3, 1, 1, 1)         # of the interval its upper end alone
+    guided = diffusion.guided(denoise, 3.0, (0.5, 2.0))
+    assert guided(x, sigma, labels)[:, 0, 0, 0].tolist() == [1.0, 2.5, 2.5]
+    assert guided(x, 2.01, labels)[:, 0, 0, 0].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_all_noise_levels_share_one_compiled_graph():

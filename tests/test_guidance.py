@@ -317,6 +317,14 @@ def test_guidance_scale_is_for_the_real_score_alone():
     grads = [g.compute_distribution_matching_loss(x_gen, LABELS, StepRandom(0, 0))[1]["grad"] for g in (guided, plain)]
     torch.testing.assert_close(*grads)
 
+    def grad(step, scale, interval=None):           # at the one noise level of this fraction of the steps
+        model = GuidanceModel(ByLabel(0.3, 0.2), step, step, guidance_scale=scale, guidance_interval=interval)
+        return model.compute_distribution_matching_loss(x_gen, LABELS, StepRandom(0, 0))[1]["grad"]
+
+    assert torch.equal(grad(0.5, 2.0, (0.1, 10.0)), grad(0.5, 2.0))                 # at a noise of 2.5
+    torch.testing.assert_close(grad(0.9, 2.0, (0.1, 10.0)), grad(0.9, 1.0), rtol=0, atol=1e-6)      # and of 44
+    assert grad(0.9, 2.0).abs().mean() > 1e-3
+
 
 def test_several_steps_train_on_the_generators_own_images_of_every_step():
     seen = []

@@ -244,6 +244,13 @@ def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, t
         assert f" {evaluations} evaluations each" in capsys.readouterr().out
         images.append(np.load(f"{tmp_path}/x.npz")["arr_0"])
     assert not np.array_equal(images[2], images[3]) and not np.array_equal(images[3], images[4])
+    for low, high, alike in (("0", "100", 4), ("90", "100", 3)):    # from 80 down: all of it, none of it
+        flags = ["--guidance_scale", "3", "--guidance_interval", low, high, "--num_steps", "2"]
+        assert call(sample, "--checkpoint", a, *flags, *paths) == 0
+        assert abs(np.load(f"{tmp_path}/x.npz")["arr_0"] - images[alike].astype(int)).max() <= 1
+    flags = ["--guidance_scale", "3", "--guidance_interval", "0.1", "10", "--steps", "1"]
+    assert call(train, "--teacher", a, "--run_dir", f"{tmp_path}/c", *flags, *TINY) == 0
+    assert checkpoint.load(f"{tmp_path}/c")["settings"]["guidance_interval"] == [0.1, 10.0]
     capsys.readouterr()
     assert call(sample, "--checkpoint", b, "--guidance_scale", "2", *paths) == 2         # it would do nothing
     assert "--guidance_scale is for teachers" in capsys.readouterr().err
@@ -514,6 +521,10 @@ WRONG = [
     (train, ["--num_denoising_steps", "0"], "--num_denoising_steps"),
     (train, ["--num_denoising_steps", "2", "--conditioning_sigma", "0.001"], "--conditioning_sigma"),
     (train, ["--teacher", "{teacher}", "--guidance_scale", "2"], "--label_dropout"),
+    (train, ["--teacher", "{teacher}", "--guidance_interval", "2", "2"], "--guidance_interval 2.0 2.0"),
+    (train, ["--guidance_interval", "2"], "--guidance_interval"),
+    (train, ["--guidance_interval", "-1", "2"], "--guidance_interval"),
+    (sample, ["--checkpoint", "{teacher}", "--guidance_interval", "0", "2"], "--guidance_scale"),
     (train, ["--teacher", "{teacher}", "--gen_cls_loss_weight", "1", "--dataset", "shapes"], "classes"),
     (train0, ["--dataset", "shapes", "--label_dropout", "1.5"], "--label_dropout"),
     (sample, ["--checkpoint", "{teacher}", "--guidance_scale", "2"], "--label_dropout"),
