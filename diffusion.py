@@ -67,7 +67,7 @@ def guided(denoise, scale, interval=None):
         denoise: a denoiser trained with label dropout, to which label -1 means no class.
         scale: w; 1 is the denoiser itself and costs nothing.
         interval: low, high: w acts at low < sigma <= high and is 1 elsewhere, as guidance at high noise costs variety
-            (Kynkaanniemi et al. 2024, arXiv 2404.07724, equation 5); None: everywhere.
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere.
     """
     if scale == 1:
         return denoise
