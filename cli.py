@@ -208,7 +208,7 @@ def settings(args):
 
 
 def parse_training(parser, kind, presets, argv=None, fixed=()):
-    """Parse a training script's flags: preset, then the resumed run's settings, then the flags given.
+    """Parse a training script's flags: those given, over the resumed run's settings, or over the preset's.
 
     Args:
         kind: "teacher" or "student", what the script trains.
@@ -219,10 +219,9 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         the flags, and the checkpoint to resume from or None.
     """
     args = parser.parse_args(argv)
-    if args.preset is not None:
-        if args.preset not in presets:
-            raise UsageError(f"unknown preset {args.preset!r}: choose one of {', '.join(presets)}")
-        parser.set_defaults(**presets[args.preset])
+    if args.preset is not None and args.preset not in presets:
+        raise UsageError(f"unknown preset {args.preset!r}: choose one of {', '.join(presets)}")
+    defaults = presets.get(args.preset, {})
     seen = stamp(args.run_dir)                      # before it is read
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
     if found and not args.resume and not args.overwrite:
@@ -238,7 +237,10 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         state = checkpoint.load(found, kind=kind)
         if "settings" not in state:
             raise CheckpointError(f"{found} holds weights only: nothing to resume")
-        parser.set_defaults(**state["settings"])
+        # What a later version added to the preset is not the run's: of it, only what belongs to this session.
+        session = {name: value for name, value in defaults.items() if name in SESSION_FLAGS}
+        defaults = dict(state["settings"], **session)
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.sigma_min >= args.sigma_max:
         raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")

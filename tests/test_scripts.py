@@ -99,6 +99,18 @@ def test_presets_set_flags_that_there_are(script, tmp_path, monkeypatch):
     assert all(found.keys() == vars(script.parse_args([])[0]).keys() for found in args)
 
 
+def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeypatch):
+    run = f"{tmp_path}/a"
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "1") == 0
+    state = checkpoint.load(run)
+    del state["settings"]["label_dropout"]          # as of a version that did not have it
+    checkpoint.save(Path(run) / checkpoint.NAME, state)
+    monkeypatch.setitem(train0.PRESETS, "new", dict(label_dropout=0.5, lr=0.5, compile=True))
+    args, _ = train0.parse_args(["--run_dir", run, "--resume", "--preset", "new"])
+    assert args.label_dropout == 0 and args.lr == state["settings"]["lr"]
+    assert args.compile                             # which belongs to the machine
+
+
 def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args, _ = train.parse_args([])
