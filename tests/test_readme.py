@@ -62,9 +62,10 @@ STATED = [
       for scale, shown in (("1", "`--guidance_scale 1`, none"), ("1.5", "`--guidance_scale 1.5`"),
                            ("2", "`--guidance_scale 2`"))],
     ("As many fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes", ["metrics/fd@5000/mean"]),
-    *[(f"| {who} | {evaluations} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} |", "cifar10_jpeg", [
+    *[(f"| {who} | {evaluations} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} |", "cifar10_jpeg", [
         f"{who}/training_minutes", *(f"cifar10_jpeg_{who}#{place}" for place in (
-            "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "checkpoint/images_per_second"))
+            "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean",
+            "checkpoint/images_per_second"))
     ]) for who, evaluations, more in (("teacher", 35, ""), ("student", 1, " more"))],
     ("That one, with {} evaluations an image, is at {:.2f} and {:.1f} % of 2,048 images", GUIDED, [
         "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean"]),
@@ -80,6 +81,13 @@ STATED = [
         f"guidance/{scale}/curve/-1/fd@2048", *(
             f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
       for scale in ("1.5", "2", "3")],
+    *[(f"| {shown} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg", [
+        f"guidance/4, 0.15 to 5{noise}/curve/-1/fd@2048", *(
+            f"% guidance/4, 0.15 to 5{noise}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
+      for noise, shown in (
+          ("", "`--guidance_scale 4 --guidance_interval 0.15 5`"),
+          ("; DM noise 0.15 to 0.75", "the same, `--min_step_percent 0.15 --max_step_percent 0.75`"),
+          ("; DM noise 0.25 to 0.65", "the same, `--min_step_percent 0.25 --max_step_percent 0.65`"))],
     *[(f"| {who} | {{}} | {{}} |", "published", [f"rows/{i}/evaluations", f"rows/{i}/fid"]) for i, who in enumerate(
         ("EDM, the usual teacher", "DMD2, NVIDIA FastGen", "f-distill, forward KL", "SiD", "SiD2A"))],
     *[(f"| {title} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:,}} |", "benchmark", [
@@ -119,7 +127,7 @@ SETTINGS = """
     of 2,048 images; (2,048 images); one seed each, 2,048 images; recall by 10,000 real images;
     all but a few of 5,000 images; whose evaluations are 35 times as many;
     5,000 images against the training set; when it had 5,600 of its steps;
-    after 1,200 steps; It takes 3,600 steps; in its last 10,000 of 22,000 steps; get 50,000 images for evaluation
+    after 1,200 steps; for 3,600 steps; in its last 10,000 of 22,000 steps; get 50,000 images for evaluation
 """
 
 
