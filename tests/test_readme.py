@@ -62,11 +62,11 @@ STATED = [
       for scale, shown in (("1", "`--guidance_scale 1`, none"), ("1.5", "`--guidance_scale 1.5`"),
                            ("2", "`--guidance_scale 2`"))],
     ("As many fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes", ["metrics/fd@5000/mean"]),
-    *[(f"| {who} | {evaluations} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} |", "cifar10_jpeg", [
+    *[(f"| {who} | {nfe} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} |", "cifar10_jpeg", [
         f"{who}/training_minutes", *(f"cifar10_jpeg_{who}#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean",
             "checkpoint/images_per_second"))
-    ]) for who, evaluations, more in (("teacher", 35, ""), ("student", 1, " more"))],
+    ]) for who, nfe, more in (("teacher", 35, ""), ("student", 1, " more"))],
     ("That one, with {} evaluations an image, is at {:.2f} and {:.1f} % of 2,048 images", GUIDED, [
         "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean"]),
     ("where the student is at {:.2f} and {:.1f} %", "cifar10_jpeg", [
@@ -87,7 +87,8 @@ STATED = [
       for noise, shown in (
           ("", "`--guidance_scale 4 --guidance_interval 0.15 5`"),
           ("; DM noise 0.15 to 0.75", "the same, `--min_step_percent 0.15 --max_step_percent 0.75`"),
-          ("; DM noise 0.25 to 0.65", "the same, `--min_step_percent 0.25 --max_step_percent 0.65`"))],
+          ("; DM noise 0.25 to 0.65", "the same, `--min_step_percent 0.25 --max_step_percent 0.65`"),
+          ("; DM noise 0.1 to 0.65", "the same, `--min_step_percent 0.1 --max_step_percent 0.65`"))],
     *[(f"| {who} | {{}} | {{}} |", "published", [f"rows/{i}/evaluations", f"rows/{i}/fid"]) for i, who in enumerate(
         ("EDM, the usual teacher", "DMD2, NVIDIA FastGen", "f-distill, forward KL", "SiD", "SiD2A"))],
     *[(f"| {title} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:,}} |", "benchmark", [
