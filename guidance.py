@@ -75,14 +75,16 @@ class GuidanceModel(nn.Module):
         guidance_scale, guidance_interval: classifier-free guidance of real_unet, as in diffusion.guided; 1 is none.
         gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a SimpleUNet, or have its
             bottleneck_channels and return_bottleneck.
+        fake_noise: what fake_unet learns, "all" of the 1000 steps as in the paper, or "dm", the range above, beyond which
+            the DM loss never asks it.
         diffusion_gan_max_timestep: the GAN compares images noised to a timestep below this one of 1000; 0: clean ones.
         f_div: divergence between student and teacher, a key of F_DIVERGENCES; all but "rkl" need gan.
     """
 
     def __init__(
         self, teacher, min_step_percent=0.02, max_step_percent=0.98, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
-        guidance_scale=1.0, guidance_interval=None, gan=False, diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS,
-        f_div="rkl",
+        guidance_scale=1.0, guidance_interval=None, fake_noise="all", gan=False,
+        diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl",
     ):
         super().__init__()
         if f_div != "rkl" and not gan:
@@ -98,6 +100,7 @@ class GuidanceModel(nn.Module):
         last = NUM_TRAIN_TIMESTEPS - 1
         self.min_step = min(int(min_step_percent * NUM_TRAIN_TIMESTEPS), last)
         self.max_step = min(int(max_step_percent * NUM_TRAIN_TIMESTEPS), last)
+        self.fake_steps = dict(all=(0, last), dm=(self.min_step, self.max_step))[fake_noise]
         sigmas = karras_sigmas(NUM_TRAIN_TIMESTEPS, sigma_min, sigma_max).float()
         self.register_buffer("sigmas", sigmas, persistent=False)
 
@@ -153,7 +156,7 @@ class GuidanceModel(nn.Module):
         """
         rng = rng or fresh_random(x_gen.device)
         x_gen = x_gen.detach()
-        x_t, sigma = self.add_noise(x_gen, 0, NUM_TRAIN_TIMESTEPS - 1, rng)
+        x_t, sigma = self.add_noise(x_gen, *self.fake_steps, rng)
         fake_x0 = self.fake_unet(x_t, sigma, labels)
         # L_fake = mean(w_t (fake(x_gen + sigma_t eps) - x_gen)^2)
         loss = (karras_weight(sigma) * (fake_x0 - x_gen) ** 2).mean()

@@ -145,6 +145,11 @@ def test_noise_levels_stay_in_the_range_asked_for():
         guidance.compute_loss_fake(x, labels)
     assert sigmas[0] == torch.cat(seen).min() and sigmas[999] == torch.cat(seen).max()
 
+    guidance = GuidanceModel(Spy(0.0, 1.0), min_step_percent=0.3, max_step_percent=0.4, fake_noise="dm")
+    seen.clear()
+    guidance.compute_loss_fake(x, labels)
+    assert sigmas[300] == seen[0].min() and sigmas[400] == seen[0].max()
+
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.4), (-0.1, 0.5), (0.1, 1.1)])
 def test_bad_ranges_are_refused(low, high):

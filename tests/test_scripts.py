@@ -116,7 +116,7 @@ def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     args, _ = train.parse_args([])
     wanted = dict(
         conditioning_sigma=80.0, dfake_gen_update_ratio=10, min_step_percent=0.02, max_step_percent=0.98,
-        sigma_min=0.002, sigma_max=80.0,
+        sigma_min=0.002, sigma_max=80.0, fake_noise="all",
     )
     assert {name: getattr(args, name) for name in wanted} == wanted
 
