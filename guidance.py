@@ -75,8 +75,8 @@ class GuidanceModel(nn.Module):
         guidance_scale, guidance_interval: classifier-free guidance of real_unet, as in diffusion.guided; 1 is none.
         gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a SimpleUNet, or have its
             bottleneck_channels and return_bottleneck.
-        fake_noise: what fake_unet learns, "all" of the 1000 steps as in the paper, or "dm", the range above, beyond which
-            the DM loss never asks it.
+        fake_noise: what fake_unet learns, "all" of the 1000 steps as in the paper, or "dm", the range above, beyond
+            which the DM loss never asks it.
         diffusion_gan_max_timestep: the GAN compares images noised to a timestep below this one of 1000; 0: clean ones.
         f_div: divergence between student and teacher, a key of F_DIVERGENCES; all but "rkl" need gan.
     """
