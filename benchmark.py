@@ -76,6 +76,7 @@ def parts(args, device, mode, run=None):
     optimizers = {net: torch.optim.Adam(net.parameters(), lr=1e-6, fused=True) for net in trained}
     emas = {net: checkpoint.EMA(net, 0.999) for net in (teacher, generator)}
     if compiled:
+        torch._dynamo.config.recompile_limit = 32   # they all share one forward, each with and without gradient
         for net in (teacher, generator, fake_unet, model.guidance_model.real_unet, sampled):
             net.compile()
     images = torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8)

@@ -143,11 +143,13 @@ class EMA(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model):
         # AveragedModel's own method copies its counter to the device and waits for it, in every step; here the counter
-        # stays on the CPU. The networks have no buffers to average.
+        # stays on the CPU. Buffers are copied, as there.
         n = int(self.n_averaged)
         decay = min(self.decay, (1 + n) / (10 + n))
         averaged, current = list(self.module.parameters()), list(model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - decay)
+        for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            averaged.copy_(current)
         self.n_averaged += 1
 
 

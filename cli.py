@@ -98,7 +98,10 @@ def add_common(parser):
         "--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto",
         help="of the networks: auto is bf16 where the hardware has it; weights and preconditioning stay float32",
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile: slow to start, then faster",
+    )
 
 
 def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save_every):
@@ -328,12 +331,16 @@ def run(main):
         code, line = 2, error
     except (NonFiniteError, OutOfStepError, OSError) as error:
         code, line = 1, error
+    except ModuleNotFoundError as error:            # torch-fidelity, which only a measurement imports
+        code, line = 1, f"{error}: pip install -r requirements.txt"
     except KeyboardInterrupt:                       # before the loop, which has its own way to stop
         code, line = 1, "interrupted"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         code, reason = 1, str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory", str(error)):
             line = f"out of memory, try a smaller --batch_size: {reason}"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            line = f"--compile failed, --no-compile does without: {reason}"
         elif distributed.lost(error):
             line = f"another process of this run has ended; the last checkpoint stands ({reason})"
         else:

@@ -67,7 +67,8 @@ def guided(denoise, scale, interval=None):
         denoise: a denoiser trained with label dropout, to which label -1 means no class.
         scale: w; 1 is the denoiser itself and costs nothing.
         interval: low, high: w acts at low < sigma <= high and is 1 elsewhere, as guidance at high noise costs variety
-            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere.
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere. One sigma for all images, a sampler's, costs
+            no second evaluation where w is 1.
     """
     if scale == 1:
         return denoise
@@ -75,7 +76,10 @@ def guided(denoise, scale, interval=None):
 
     def denoise_guided(x_t, sigma, labels):
         sigma = torch.as_tensor(sigma, device=x_t.device)
-        w = torch.where((low < sigma) & (sigma <= high), scale, 1.0)                # [], or [B, 1, 1, 1]
+        inside = (low < sigma) & (sigma <= high)
+        if interval and sigma.numel() == 1 and not inside:
+            return denoise(x_t, sigma, labels)
+        w = torch.where(inside, scale, 1.0)                                         # [], or [B, 1, 1, 1]
         uncond = denoise(x_t, sigma, torch.full_like(labels, -1))
         return uncond + w * (denoise(x_t, sigma, labels) - uncond)
 

@@ -45,7 +45,7 @@ def finish():
 
 def main_only(function):
     """Decorates what only the main process does; in the others it does nothing."""
-    return function if MAIN else lambda *args: None
+    return function if MAIN else lambda *args, **kwargs: None
 
 
 def mean(tensor):

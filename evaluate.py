@@ -126,6 +126,9 @@ def main(argv=None):
     start = time.perf_counter()
     real = distributed.main_only(metrics.reference)(dataset.images, extractor, args.cache_dir)
     runs, making = [], 0.0
+    if state and (args.compile or device.type == "cuda"):       # what the first batch compiles or loads is no speed
+        with runtime.autocast(device, args.precision):
+            sampling.generate(sample, args.seed, torch.zeros(args.batch_size).long(), args.batch_size, device)
     for seed in range(args.seed, args.seed + args.repeats):
         if state:
             labels = torch.arange(args.num_images) % len(state["classes"])          # as many of each class
@@ -150,7 +153,7 @@ def main(argv=None):
     if state:
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
-            evaluations=sampling.evaluations(state, args.num_steps, args.guidance_scale),
+            evaluations=sampling.evaluations(state, args.num_steps, args.guidance_scale, args.guidance_interval),
             guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
             bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),

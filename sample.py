@@ -85,7 +85,7 @@ def main(argv=None):
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
         records.write(args.npz, lambda file: np.savez(file, *arrays))
-    nfe = sampling.evaluations(state, args.num_steps, args.guidance_scale)
+    nfe = sampling.evaluations(state, args.num_steps, args.guidance_scale, args.guidance_interval)
     distributed.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
         f"{rate:.1f} images/s, {args.out}{' and ' + args.npz if args.npz else ''}"

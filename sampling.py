@@ -15,14 +15,23 @@ from data import to_uint8
 from randomness import image_noise
 
 
-def evaluations(state, num_steps, guidance_scale=1.0):
+def evaluations(state, num_steps, guidance_scale=1.0, guidance_interval=None):
     """Network evaluations per image (NFE): a student's one per noise level, or the 2 n - 1 of n Heun steps.
 
-    Guidance doubles those, as the teacher is then asked with the class and without.
+    Where there is guidance those count twice, as the teacher is then asked with the class and without.
     """
     if state["kind"] == "student":
         return len(state["denoising_sigmas"])
-    return (2 * num_steps - 1) * (1 if guidance_scale == 1 else 2)
+
+    def count(x_t, sigma, labels):
+        nonlocal total
+        total += 1
+        return x_t
+
+    total = 0
+    denoise = diffusion.guided(count, guidance_scale, guidance_interval)
+    diffusion.heun_sample(denoise, torch.zeros(1), torch.zeros(1), num_steps, state["sigma_min"], state["sigma_max"])
+    return total
 
 
 def sampler(state, device, num_steps=18, guidance_scale=1.0, guidance_interval=None, compile=False):

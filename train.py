@@ -52,7 +52,7 @@ PRESETS = {
     "cifar10_gpu": dict(
         batch_size=256, steps=24_000, dfake_gen_update_ratio=2, generator_lr=2.5e-4, guidance_lr=1.5e-3,
         guidance_scale=4.0, guidance_interval=[0.15, 5.0], min_step_percent=0.1, max_step_percent=0.65,
-        fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine", compile=True,
+        fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine", save_every=3000, compile=True,
     ),
 }
 # Two steps can follow one another only if these stay as they were.
@@ -113,7 +113,8 @@ def parse_args(argv=None):
         parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
     if args.gen_cls_loss_weight and not args.cls_loss_weight:
         parser.error("--cls_loss_weight 0 would leave the GAN's head as it starts, at random")
-    if args.f_div != "rkl" and args.diffusion_gan_max_timestep < args.max_step_percent * diffusion.NUM_TRAIN_TIMESTEPS:
+    most = min(int(args.max_step_percent * diffusion.NUM_TRAIN_TIMESTEPS), diffusion.NUM_TRAIN_TIMESTEPS - 1)
+    if args.f_div != "rkl" and args.diffusion_gan_max_timestep <= most:
         parser.error(f"--f_div {args.f_div} needs the head at every noise: --diffusion_gan_max_timestep 1000")
     if args.num_denoising_steps > 1 and args.conditioning_sigma <= args.sigma_min:
         parser.error(f"--conditioning_sigma {args.conditioning_sigma} is not above --sigma_min {args.sigma_min}")

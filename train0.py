@@ -38,7 +38,7 @@ PRESETS = {
     # The same for a GPU: four times the network, seven times the images. Its length has not been run yet.
     "cifar10_gpu": dict(
         channels=64, batch_size=512, steps=30_000, ema_decay=0.9995, p_mean=-0.8, p_std=1.4, label_dropout=0.1,
-        compile=True,
+        save_every=3000, compile=True,
     ),
 }
 # Two steps can follow one another only if these stay as they were.

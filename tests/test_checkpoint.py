@@ -136,15 +136,17 @@ def test_fields_that_cannot_be_are_refused(tmp_path, key, value):
 
 def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
     net = torch.nn.Linear(1, 1, bias=False)
+    net.register_buffer("count", torch.zeros(()))
     ema, expected = checkpoint.EMA(net, decay=0.9), net.weight.item()
     for n in range(200):
         with torch.no_grad():
             net.weight.fill_(float(n % 7))
+            net.count += 1
         ema.update_parameters(net)
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * (n % 7)
     assert ema.module.weight.item() == pytest.approx(expected, rel=1e-4)
-    assert not ema.module.weight.requires_grad
+    assert not ema.module.weight.requires_grad and ema.module.count == 200
 
 
 def test_averages_resume_by_their_decay_and_a_new_one_from_the_first():

@@ -4,6 +4,7 @@ import torch
 from conftest import GaussianDenoiser
 
 import diffusion
+import sampling
 
 
 def test_karras_schedule():
@@ -113,6 +114,24 @@ def test_guidance_moves_from_the_unconditional_estimate_through_the_conditional_
     guided = diffusion.guided(denoise, 3.0, (0.5, 2.0))
     assert guided(x, sigma, labels)[:, 0, 0, 0].tolist() == [1.0, 2.5, 2.5]
     assert guided(x, 2.01, labels)[:, 0, 0, 0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_guidance_costs_a_second_evaluation_only_in_its_interval():
+    seen = []
+
+    def denoise(x_t, sigma, labels):
+        seen.append((float(sigma), int(labels[0])))
+        return x_t / 2
+
+    levels = diffusion.karras_sigmas(18)
+    low, high = float(levels[3]), float(levels[8])  # five levels within, each of them asked twice by Heun's method
+    state = dict(kind="teacher", sigma_min=0.002, sigma_max=80.0)
+    for scale, interval, wanted in ((1.0, None, 35), (4.0, None, 70), (4.0, (low * 1.01, high * 1.01), 45)):
+        seen.clear()
+        diffusion.heun_sample(diffusion.guided(denoise, scale, interval), torch.zeros(1, 3, 2, 2), torch.ones(1).long())
+        assert len(seen) == wanted == sampling.evaluations(state, 18, scale, interval)
+        unconditional = {sigma for sigma, label in seen if label == -1}
+        assert all(interval is None or interval[0] < sigma <= interval[1] for sigma in unconditional)
 
 
 def test_all_noise_levels_share_one_compiled_graph():

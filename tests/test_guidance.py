@@ -331,6 +331,20 @@ def test_guidance_scale_is_for_the_real_score_alone():
     assert grad(0.9, 2.0).abs().mean() > 1e-3
 
 
+def test_every_weight_learns_from_several_steps_in_bf16():
+    model = UnifiedModel(small_net(), num_denoising_steps=2)
+    calls = []
+    model.feedforward_model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for step in range(6):
+        rng = StepRandom(0, step)
+        with torch.autocast("cpu", torch.bfloat16):         # its copies made without a gradient must not be used again
+            x_gen = model.generate(rng.normal(4, 3, 32, 32), LABELS, rng)
+        x_gen.square().mean().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.feedforward_model.parameters())
+        model.feedforward_model.zero_grad()
+    assert calls.count(True) == 6 and False in calls        # in some of the six there were two
+
+
 def test_several_steps_train_on_the_generators_own_images_of_every_step():
     seen = []
 

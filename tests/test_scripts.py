@@ -527,6 +527,7 @@ WRONG = [
     (train, ["--steps", "9" * 400], "--steps"),
     (train, ["--teacher", "{teacher}", "--f_div", "kl"], "--gen_cls_loss_weight"),
     (train, ["--f_div", "js", "--gen_cls_loss_weight", "1", "--diffusion_gan_max_timestep", "900"], "every noise"),
+    (train, ["--f_div", "js", "--gen_cls_loss_weight", "1", "--diffusion_gan_max_timestep", "980"], "every noise"),
     (train, ["--f_div", "chi2"], "--f_div"),
     (train, ["--gen_cls_loss_weight", "-1"], "--gen_cls_loss_weight"),
     (train, ["--diffusion_gan_max_timestep", "1001"], "--diffusion_gan_max_timestep"),
