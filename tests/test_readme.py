@@ -88,7 +88,8 @@ STATED = [
           ("", "`--guidance_scale 4 --guidance_interval 0.15 5`"),
           ("; DM noise 0.15 to 0.75", "the same, `--min_step_percent 0.15 --max_step_percent 0.75`"),
           ("; DM noise 0.25 to 0.65", "the same, `--min_step_percent 0.25 --max_step_percent 0.65`"),
-          ("; DM noise 0.1 to 0.65", "the same, `--min_step_percent 0.1 --max_step_percent 0.65`"))],
+          ("; DM noise 0.1 to 0.65", "the same, `--min_step_percent 0.1 --max_step_percent 0.65`"),
+          ("; DM noise 0.1 to 0.65, fake_unet too", "the same and `--fake_noise dm`"))],
     *[(f"| {who} | {{}} | {{}} |", "published", [f"rows/{i}/evaluations", f"rows/{i}/fid"]) for i, who in enumerate(
         ("EDM, the usual teacher", "DMD2, NVIDIA FastGen", "f-distill, forward KL", "SiD", "SiD2A"))],
     *[(f"| {title} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:,}} |", "benchmark", [
