@@ -111,6 +111,20 @@ def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeyp
     assert args.compile                             # which belongs to the machine
 
 
+def test_compiling_that_fails_is_one_line_and_can_be_left_out_of_a_preset(capsys, tmp_path, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def fails(*_, **__):
+        raise BackendCompilerFailed(lambda: None, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: setattr(net, "_compiled_call_impl", fails))
+    assert call(sample, "--checkpoint", f"{ROOT}/weights/student.pt", "--compile", "--out", f"{tmp_path}/x.png") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--compile failed, --no-compile does without" in message and not list(tmp_path.iterdir())
+    assert train0.parse_args(["--preset", "cifar10_gpu"])[0].compile
+    assert not train0.parse_args(["--preset", "cifar10_gpu", "--no-compile"])[0].compile
+
+
 def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args, _ = train.parse_args([])
