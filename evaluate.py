@@ -128,7 +128,8 @@ def main(argv=None):
     runs, making = [], 0.0
     if state and (args.compile or device.type == "cuda"):       # what the first batch compiles or loads is no speed
         with runtime.autocast(device, args.precision):
-            sampling.generate(sample, args.seed, torch.zeros(args.batch_size).long(), args.batch_size, device)
+            warm = args.batch_size * distributed.WORLD + args.num_images % args.batch_size      # the last is smaller
+            sampling.generate(sample, args.seed, torch.zeros(warm).long(), args.batch_size, device)
     for seed in range(args.seed, args.seed + args.repeats):
         if state:
             labels = torch.arange(args.num_images) % len(state["classes"])          # as many of each class
