@@ -71,6 +71,9 @@ STATED = [
         "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean"]),
     ("where the student is at {:.2f} and {:.1f} %", "cifar10_jpeg", [
         "student/curve/-1/fd@2048", "% student/curve/-1/class_accuracy@2048"]),
+    ("of {:,} steps the student with seed 0 is at {:.2f}, with seed 1 at {:.2f}", "cifar10_jpeg", [
+        "tried/2,400 steps/steps", "tried/2,400 steps/curve/-1/fd@2048",
+        "tried/2,400 steps, seed 1/curve/-1/fd@2048"]),
     *[("| teacher, 35 evaluations | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
         f"teacher/curve/{i}/steps", f"teacher/curve/{i}/minutes", f"teacher/curve/{i}/fd",
         f"% teacher/curve/{i}/class_accuracy"]) for i in range(4)],
