@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pytest
 from conftest import ROOT
@@ -175,6 +176,13 @@ def test_no_other_numbers_are_claimed():
     for words in SETTINGS.split(";"):
         rest = rest.replace(" ".join(words.split()), "")
     assert re.findall(r".{30}(?<![\w.])\d+(?:\.\d+|,\d{3}| %).{10}", rest) == []
+
+
+def test_the_curve_is_drawn_from_the_results():
+    drawn = runpy.run_path(str(ROOT / "results/cifar10_curve.py"))["figure"]()
+    assert drawn == (ROOT / "results/cifar10_curve.svg").read_text()
+    distances = [point["fd@2048"] for point in report("cifar10_jpeg")["student"]["curve"]]
+    assert all(f": {distance:.2f}</title>" in drawn for distance in distances)
 
 
 def test_every_flag_in_the_readme_exists():

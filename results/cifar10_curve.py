@@ -1,0 +1,73 @@
+"""Draws results/cifar10_curve.svg, the distance against training time, from results/cifar10_jpeg.json.
+
+    python results/cifar10_curve.py
+
+The student's time counts from where its teacher's ends, as it needs the whole of it.
+"""
+
+import json
+import math
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LEFT, RIGHT, TOP, BOTTOM = 60, 700, 20, 300         # the axes, in pixels
+MINUTES, DISTANCES = 280, (5, 50)                   # the ranges that they span, the distance in logarithms
+
+
+def x(minutes):
+    return LEFT + (RIGHT - LEFT) * minutes / MINUTES
+
+
+def y(distance):
+    low, high = map(math.log, DISTANCES)
+    return BOTTOM - (BOTTOM - TOP) * (math.log(distance) - low) / (high - low)
+
+
+def text(left, top, words, anchor="start", colour="#333"):
+    return f'<text x="{left:.1f}" y="{top:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+
+
+def line(points, style):
+    path = " ".join(f"{left:.1f},{top:.1f}" for left, top in points)
+    return f'<polyline points="{path}" fill="none" {style}/>'
+
+
+def curve(points, colour):
+    """A line through (minutes, distance), with a dot and its value, to be read with the mouse, at each."""
+    places = [(x(minutes), y(distance)) for minutes, distance in points]
+    dots = [
+        f'<circle cx="{left:.1f}" cy="{top:.1f}" r="4" fill="{colour}"><title>{minutes:.1f} min: {distance:.2f}</title>'
+        "</circle>"
+        for (left, top), (minutes, distance) in zip(places, points, strict=True)
+    ]
+    return [line(places, f'stroke="{colour}" stroke-width="2"'), *dots]
+
+
+def figure():
+    record = json.loads((HERE / "cifar10_jpeg.json").read_text())
+    guided = json.loads((HERE / "cifar10_jpeg_guided_teacher.json").read_text())["metrics"]["fd@2048"]["mean"]
+    teacher = [(point["minutes"], point["fd"]) for point in record["teacher"]["curve"]]
+    start = teacher[-1][0]
+    student = [(start + point["minutes"], point["fd@2048"]) for point in record["student"]["curve"]]
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 350" font-family="sans-serif" font-size="13">',
+        '<rect width="720" height="350" fill="white"/>',
+    ]
+    for distance in (5, 10, 20, 50):
+        parts.append(line([(LEFT, y(distance)), (RIGHT, y(distance))], 'stroke="#ddd"'))
+        parts.append(text(LEFT - 8, y(distance) + 4, distance, "end"))
+    for minutes in range(0, MINUTES + 1, 40):
+        parts.append(text(x(minutes), BOTTOM + 18, minutes, "middle"))
+    parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 40, "minutes of training on 2 CPU cores", "middle"))
+    parts.append(text(LEFT + 8, TOP + 12, "Fréchet distance"))
+    parts.append(line([(x(start), y(guided)), (RIGHT, y(guided))], 'stroke="#999" stroke-dasharray="4 3"'))
+    parts.append(text(x(start) - 8, y(guided) + 4, "teacher, guided: 45 evaluations", "end", "#777"))
+    parts += curve(teacher, "#1f77b4")
+    parts.append(text(x(start), y(teacher[-1][1]) + 22, "teacher: 35 evaluations", "end", "#1f77b4"))
+    parts += curve(student, "#d62728")
+    parts.append(text(x(student[0][0]) - 10, y(student[0][1]) - 4, "student: 1 evaluation", "end", "#d62728"))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    (HERE / "cifar10_curve.svg").write_text(figure())
