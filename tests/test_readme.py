@@ -191,6 +191,11 @@ def test_every_flag_in_the_readme_exists():
     assert set(re.findall(r"(?<![\w-])--\w+", README)) <= known
 
 
+def test_commands_stand_in_blocks_of_code():
+    assert re.findall(r"^(?:python|pip|torchrun) .*", README, re.MULTILINE) == []   # unindented, they run into a line
+    assert len(re.findall(r"^    python train0?\.py", README, re.MULTILINE)) == 4
+
+
 def test_every_file_in_the_readme_exists():
     for name in re.findall(r"`([\w/]+\.(?:py|json|png|md))`", README) + re.findall(r"\]\((results/[^)]+)\)", README):
         if not name.startswith("runs/") and name not in ("results/evaluation.json", "grid.png"):
