@@ -114,6 +114,10 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
     parser.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
     parser.add_argument("--save_every", type=count, default=save_every, help="steps between two checkpoints")
     parser.add_argument("--max_minutes", type=positive, help="save and stop after so many minutes; --resume goes on")
+    parser.add_argument(
+        "--optimizer", choices=["adam", "muon"], default="adam",
+        help="muon: Muon for the convolutions inside the networks, Adam for the rest",
+    )
     parser.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise to the learning rate")
     parser.add_argument(
         "--lr_schedule", choices=["cosine", "constant"], default="constant", help="after the rise; cosine ends at zero"
@@ -250,8 +254,8 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
     if args.batch_size % distributed.WORLD:
         raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {distributed.WORLD} processes")
     for name in fixed if state else ():
-        if getattr(args, name) != state["settings"].get(name):
-            saved = state["settings"].get(name)
+        saved = state["settings"].get(name, parser.get_default(name))               # no such flag in an older version
+        if getattr(args, name) != saved:
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
     args.found = seen
     return args, state

@@ -26,6 +26,7 @@ import distributed
 import runtime
 from guidance import F_DIVERGENCES
 from model import SimpleUNet
+from optimizers import Optimizer
 from randomness import StepRandom, image_noise
 from unified_model import UnifiedModel
 
@@ -58,7 +59,8 @@ PRESETS = {
 }
 # Two steps can follow one another only if these stay as they were.
 FIXED = (
-    "teacher", "dataset", "batch_size", "seed", "conditioning_sigma", "num_denoising_steps", "sigma_min", "sigma_max",
+    "teacher", "dataset", "batch_size", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps", "sigma_min",
+    "sigma_max",
 )
 
 
@@ -155,14 +157,12 @@ def main(argv=None):
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
     emas = checkpoint.EMAs(generator, [args.ema_decay, *args.more_ema_decays])
-    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, fused=True)
+    generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr})
     guidance_lrs = {guidance.fake_unet: args.guidance_lr}
     if gan:
         guidance_lrs[guidance.cls_head] = args.cls_head_lr or args.guidance_lr
     guidance_parameters = [p for network in guidance_lrs for p in network.parameters()]
-    guidance_optimizer = torch.optim.Adam(
-        [dict(params=list(network.parameters()), lr=lr) for network, lr in guidance_lrs.items()], fused=True
-    )
+    guidance_optimizer = Optimizer(args.optimizer, guidance_lrs)
     weights = dict(
         loss_dm=1, gen_cls_loss=args.gen_cls_loss_weight, loss_fake=1, cls_loss=args.cls_loss_weight
     )
@@ -257,10 +257,7 @@ def main(argv=None):
         rng = StepRandom(args.seed, step, device, *place)
         z = rng.normal(batch, 3, 32, 32).to(memory_format=torch.channels_last)      # B: this process's share
         labels = rng.integers(0, len(classes) - 1, batch)                           # [B]
-        factor = runtime.lr_factor(step, args)
-        generator_optimizer.param_groups[0]["lr"] = args.generator_lr * factor
-        for group, lr in zip(guidance_optimizer.param_groups, guidance_lrs.values(), strict=True):
-            group["lr"] = lr * factor
+        lr_factor = runtime.lr_factor(step, args)
         generator_turn = step % args.dfake_gen_update_ratio == 0
         with torch.set_grad_enabled(generator_turn), runtime.autocast(device, args.precision):
             x_gen = model.generate(z, labels, rng)                                  # [B, 3, 32, 32]
@@ -271,8 +268,8 @@ def main(argv=None):
             sum(weights[name] * loss for name, loss in losses.items()).backward()
             distributed.average_gradients(generator.parameters())
             generator_grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
-            generator_optimizer.step()
-            generator_optimizer.zero_grad(set_to_none=True)
+            generator_optimizer.step(lr_factor)
+            generator_optimizer.zero_grad()
             emas.update(generator)
             meter.add(step, **losses, generator_grad_norm=generator_grad_norm)
 
@@ -284,8 +281,8 @@ def main(argv=None):
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         distributed.average_gradients(guidance_parameters)
         fake_grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
-        guidance_optimizer.step()
-        guidance_optimizer.zero_grad(set_to_none=True)
+        guidance_optimizer.step(lr_factor)
+        guidance_optimizer.zero_grad()
         meter.add(step, **losses, fake_grad_norm=fake_grad_norm)
         step += 1
         bar.update()

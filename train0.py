@@ -20,6 +20,7 @@ import diffusion
 import distributed
 import runtime
 from model import SimpleUNet
+from optimizers import Optimizer
 from randomness import StepRandom, image_noise
 
 PRESETS = {
@@ -43,7 +44,7 @@ PRESETS = {
     ),
 }
 # Two steps can follow one another only if these stay as they were.
-FIXED = ("dataset", "channels", "blocks", "batch_size", "seed")
+FIXED = ("dataset", "channels", "blocks", "batch_size", "seed", "optimizer")
 
 
 def parse_args(argv=None):
@@ -54,7 +55,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--channels", type=cli.number(int, 8), default=64, help="of the first level, a multiple of 8")
     parser.add_argument("--blocks", type=cli.count, default=1, help="residual blocks per level")
-    parser.add_argument("--lr", type=cli.rate, default=1e-3, help="peak learning rate of Adam")
+    parser.add_argument("--lr", type=cli.rate, default=1e-3, help="peak learning rate")
     parser.set_defaults(lr_schedule="cosine")
     parser.add_argument("--ema_decay", type=cli.number(float, 0, 1), default=0.9995, help="per step, at most (see EMA)")
     parser.add_argument(
@@ -82,7 +83,7 @@ def main(argv=None):
     net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
     net = net.to(device, memory_format=torch.channels_last)
     emas = checkpoint.EMAs(net, [args.ema_decay, *args.more_ema_decays])
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    optimizer = Optimizer(args.optimizer, {net: args.lr})
     step = 0
     if state:
         with cli.restoring(args.run_dir):
@@ -173,9 +174,9 @@ def main(argv=None):
         loss.backward()
         distributed.average_gradients(net.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = args.lr * runtime.lr_factor(step, args)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        lr_factor = runtime.lr_factor(step, args)
+        optimizer.step(lr_factor)
+        optimizer.zero_grad()
         emas.update(net)
         meter.add(step, loss=loss, grad_norm=grad_norm)
         step += 1
@@ -186,7 +187,7 @@ def main(argv=None):
             images_per_second = meter.rate(step) * args.batch_size
             bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{images_per_second:.0f}")
             memory = runtime.peak_memory_mib(device)
-            lr = optimizer.param_groups[0]["lr"]
+            lr = args.lr * lr_factor
             run.scalars(step, dict(means, lr=lr, images_per_second=images_per_second, memory_mib=memory))
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:

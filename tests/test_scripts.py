@@ -149,10 +149,13 @@ def interrupted(monkeypatch, script, at_step, signum):
     monkeypatch.setattr(script, "StepRandom", step_random)
 
 
-@pytest.mark.parametrize(("at_step", "signum", "decay"), [(2, signal.SIGTERM, "0.999"), (5, signal.SIGINT, "0")])
-def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, decay, capsys):
+@pytest.mark.parametrize(("at_step", "signum", "decay", "optimizer"), [
+    (2, signal.SIGTERM, "0.999", "muon"), (5, signal.SIGINT, "0", "adam"),
+])
+def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, decay, optimizer, capsys):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
     flags = [*teacher_flags(tree), "--ema_decay", decay, "--more_ema_decays", "0.7", "0", "--steps", "7"]
+    flags += ["--optimizer", optimizer]
     assert call(train0, *flags, "--run_dir", a) == 0
     interrupted(monkeypatch, train0, at_step, signum)
     assert call(train0, *flags, "--run_dir", b) == 0
@@ -164,6 +167,7 @@ def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signu
 
 EVERYTHING = [
     "--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2", "--more_ema_decays", "0.7", "0",
+    "--optimizer", "muon",
 ]
 
 
@@ -205,7 +209,8 @@ def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(t
     flags = ["--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--dfake_gen_update_ratio", "3", "--steps", "7"]
     assert call(train, *flags, "--precision", "bf16", *TINY) == 0
     state = checkpoint.load(f"{tmp_path}/b")        # generator turns at steps 0, 3 and 6
-    updates = {name: state[f"{name}_optimizer"]["state"][0]["step"].item() for name in ("generator", "guidance")}
+    adam = {name: state[f"{name}_optimizer"]["adam"]["state"] for name in ("generator", "guidance")}
+    updates = {name: found[0]["step"].item() for name, found in adam.items()}
     assert updates == dict(generator=3, guidance=7) and state["emas"][0.999]["n_averaged"].item() == 3
     initial = checkpoint.load(teacher)["model_ema"]
     for name in ("feedforward_model", "guidance_model.fake_unet"):
@@ -227,8 +232,8 @@ def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher
     state = checkpoint.load(f"{tmp_path}/b")
     head = [name for name in state["model"] if "cls_head" in name]
     parameters = checkpoint.load(teacher)["model_ema"]              # fake_unet and its head share one optimizer
-    assert head and len(state["guidance_optimizer"]["state"]) == len(parameters) + len(head)
-    assert [group["lr"] for group in state["guidance_optimizer"]["param_groups"]] == [2e-4, 1e-5]
+    assert head and len(state["guidance_optimizer"]["adam"]["state"]) == len(parameters) + len(head)
+    assert [group["lr"] for group in state["guidance_optimizer"]["adam"]["param_groups"]] == [2e-4, 1e-5]
     for name in ("dataset", "data_dir"):
         assert state["settings"][name] == dict(dataset="folder", data_dir=tree)[name]
     assert call(train, "--run_dir", f"{tmp_path}/b", "--resume", "--gen_cls_loss_weight", "0", "--device", "cpu") == 2
@@ -620,7 +625,7 @@ def test_imports_run_one_way():
     order = [
         "train0 train sample evaluate benchmark shapes_features", "cli", "metrics",
         "sampling unified_model", "guidance checkpoint runtime records", "data",
-        "model diffusion randomness shapes distributed",
+        "model diffusion optimizers randomness shapes distributed",
     ]
     rank = {name: i for i, names in enumerate(order) for name in names.split()}
     files = {path.stem: path.read_text().splitlines() for path in ROOT.glob("*.py")}
