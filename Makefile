@@ -2,7 +2,12 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo cifar10 test stress lint clean
+.PHONY: help demo cifar10 test stress lint clean
+
+help:
+	@echo "make demo      teacher, student and grids on the built-in dataset, minutes on a CPU"
+	@echo "make cifar10   the same on CIFAR-10, with distances: two hours or so on a CPU; PRESET=cifar10_gpu for a GPU"
+	@echo "make test      lint and tests"
 
 .venv/requirements-test.txt: requirements.txt
 .venv/requirements%: requirements%
@@ -20,7 +25,7 @@ demo: .venv/requirements.txt
 	@echo "teacher, 35 evaluations an image: $(CURDIR)/runs/demo/teacher.png"
 	@echo "student, 1 evaluation an image:   $(CURDIR)/runs/demo/student.png"
 
-# The same on CIFAR-10: hours on a CPU. DATA="--dataset folder --data_dir DIR" takes other images, PRESET=cifar10_gpu
+# The same on CIFAR-10, and distances. DATA="--dataset folder --data_dir DIR" takes other images, PRESET=cifar10_gpu
 # the larger network for a GPU.
 DATA ?= --dataset cifar10
 PRESET ?= cifar10

@@ -24,6 +24,11 @@ def karras_sigmas(num_steps=NUM_TRAIN_TIMESTEPS, sigma_min=SIGMA_MIN, sigma_max=
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
+def timestep(fraction):
+    """The timestep, 0 .. 999, that lies so far up the Karras steps: 0 the least noise, 1 the most."""
+    return min(int(fraction * NUM_TRAIN_TIMESTEPS), NUM_TRAIN_TIMESTEPS - 1)
+
+
 def lognormal_sigma(normal, p_mean=-1.2, p_std=1.2):
     """ln(sigma) ~ N(p_mean, p_std^2) (table 1, training), from standard normal numbers of any shape."""
     return (p_mean + p_std * normal).exp()

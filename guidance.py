@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
-from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, guided, karras_sigmas, karras_weight
+from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, guided, karras_sigmas, karras_weight, timestep
 from model import group_norm
 from randomness import StepRandom
 
@@ -97,10 +97,8 @@ class GuidanceModel(nn.Module):
         self.cls_head = ClassifierHead(teacher.bottleneck_channels) if gan else None
         self.guidance_scale, self.guidance_interval, self.f_div = guidance_scale, guidance_interval, f_div
         self.diffusion_gan_max_timestep = diffusion_gan_max_timestep
-        last = NUM_TRAIN_TIMESTEPS - 1
-        self.min_step = min(int(min_step_percent * NUM_TRAIN_TIMESTEPS), last)
-        self.max_step = min(int(max_step_percent * NUM_TRAIN_TIMESTEPS), last)
-        self.fake_steps = dict(all=(0, last), dm=(self.min_step, self.max_step))[fake_noise]
+        self.min_step, self.max_step = timestep(min_step_percent), timestep(max_step_percent)
+        self.fake_steps = dict(all=(0, timestep(1)), dm=(self.min_step, self.max_step))[fake_noise]
         sigmas = karras_sigmas(NUM_TRAIN_TIMESTEPS, sigma_min, sigma_max).float()
         self.register_buffer("sigmas", sigmas, persistent=False)
 

@@ -117,8 +117,7 @@ def parse_args(argv=None):
         parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
     if args.gen_cls_loss_weight and not args.cls_loss_weight:
         parser.error("--cls_loss_weight 0 would leave the GAN's head as it starts, at random")
-    most = min(int(args.max_step_percent * diffusion.NUM_TRAIN_TIMESTEPS), diffusion.NUM_TRAIN_TIMESTEPS - 1)
-    if args.f_div != "rkl" and args.diffusion_gan_max_timestep <= most:
+    if args.f_div != "rkl" and args.diffusion_gan_max_timestep <= diffusion.timestep(args.max_step_percent):
         parser.error(f"--f_div {args.f_div} needs the head at every noise: --diffusion_gan_max_timestep 1000")
     if args.num_denoising_steps > 1 and args.conditioning_sigma <= args.sigma_min:
         parser.error(f"--conditioning_sigma {args.conditioning_sigma} is not above --sigma_min {args.sigma_min}")
@@ -158,12 +157,13 @@ def main(argv=None):
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
     emas = checkpoint.EMAs(generator, [args.ema_decay, *args.more_ema_decays])
-    generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr})
+    bf16 = runtime.uses_bf16(device, args.precision)
+    generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16)
     guidance_lrs = {guidance.fake_unet: args.guidance_lr}
     if gan:
         guidance_lrs[guidance.cls_head] = args.cls_head_lr or args.guidance_lr
     guidance_parameters = [p for network in guidance_lrs for p in network.parameters()]
-    guidance_optimizer = Optimizer(args.optimizer, guidance_lrs)
+    guidance_optimizer = Optimizer(args.optimizer, guidance_lrs, bf16)
     weights = dict(
         loss_dm=1, gen_cls_loss=args.gen_cls_loss_weight, loss_fake=1, cls_loss=args.cls_loss_weight
     )

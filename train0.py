@@ -84,7 +84,7 @@ def main(argv=None):
     net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
     net = net.to(device, memory_format=torch.channels_last)
     emas = checkpoint.EMAs(net, [args.ema_decay, *args.more_ema_decays])
-    optimizer = Optimizer(args.optimizer, {net: args.lr})
+    optimizer = Optimizer(args.optimizer, {net: args.lr}, runtime.uses_bf16(device, args.precision))
     step = 0
     if state:
         with cli.restoring(args.run_dir):

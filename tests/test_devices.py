@@ -16,7 +16,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, tree, features, device):
     a, b, cache = (str(tmp_path / name) for name in "abc")
-    there = ["--device", device, *(["--compile"] if device == "cuda" else [])]
+    there = ["--device", device, "--optimizer", "muon", *(["--compile"] if device == "cuda" else [])]
     measured = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features, "--cache_dir", cache]
     first = ["--run_dir", a, "--label_dropout", "0.5", "--precision", "bf16", *measured, *there]
     assert call(train0, *teacher_flags(tree), *first, "--steps", "2") == 0

@@ -27,7 +27,7 @@ STUDENT = [
     *FP32, "--dfake_gen_update_ratio", "2", "--gen_cls_loss_weight", "3e-2", "--f_div", "kl", "--num_denoising_steps",
     "2", "--conditioning_sigma", "80",
 ]
-PLAIN = [*FP32, "--dfake_gen_update_ratio", "2", "--ema_decay", "0"]
+PLAIN = [*FP32, "--optimizer", "muon", "--dfake_gen_update_ratio", "2", "--ema_decay", "0"]
 
 
 STARTED = []

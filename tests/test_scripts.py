@@ -111,6 +111,22 @@ def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeyp
     assert args.compile                             # which belongs to the machine
 
 
+def test_a_run_of_before_there_was_muon_goes_on_with_adam(tmp_path, tree, capsys, monkeypatch):
+    run = f"{tmp_path}/a"
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
+    state = checkpoint.load(run)
+    state["optimizer"] = state["optimizer"]["adam"]                 # as it was saved then
+    del state["settings"]["optimizer"]
+    checkpoint.save(Path(run) / checkpoint.NAME, state)
+    monkeypatch.setitem(train0.PRESETS, "new", dict(optimizer="muon"))
+    again = ["--run_dir", run, "--resume", "--device", "cpu", "--steps", "3"]
+    assert call(train0, *again, "--optimizer", "muon") == 2
+    assert "--optimizer muon differs from the resumed run's adam" in capsys.readouterr().err
+    assert call(train0, *again, "--preset", "new") == 0
+    resumed = checkpoint.load(run)
+    assert resumed["settings"]["optimizer"] == "adam" and resumed["optimizer"]["adam"]["state"][0]["step"] == 3
+
+
 def test_compiling_that_fails_is_one_line_and_can_be_left_out_of_a_preset(capsys, tmp_path, monkeypatch):
     from torch._dynamo.exc import BackendCompilerFailed
 
