@@ -11,7 +11,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LEFT, RIGHT, TOP, BOTTOM = 60, 700, 20, 300         # the axes, in pixels
-MINUTES, DISTANCES = 280, (5, 50)                   # the ranges that they span, the distance in logarithms
+PALE, STRONG = ("#8ab", "#d99"), ("#1f77b4", "#d62728")
+MINUTES, DISTANCES = 400, (4, 80)                   # the ranges that they span, the distance in logarithms
 
 
 def x(minutes):
@@ -43,12 +44,20 @@ def curve(points, colour):
     return [line(places, f'stroke="{colour}" stroke-width="2"'), *dots]
 
 
+def runs(teacher, student, colours, words):
+    """A teacher's curve and, from where it ends, its student's; the words to the right of each."""
+    teacher = [(point["minutes"], point.get("fd@2048", point.get("fd"))) for point in teacher["curve"]]
+    start = teacher[-1][0]
+    student = [(start + point["minutes"], point["fd@2048"]) for point in student["curve"]]
+    parts = []
+    for points, colour, label in zip((teacher, student), colours, words, strict=True):
+        end, distance = points[-1]
+        parts += [*curve(points, colour), text(x(end) + 10, y(distance) + 4, label, colour=colour)]
+    return parts
+
+
 def figure():
     record = json.loads((HERE / "cifar10_jpeg.json").read_text())
-    guided = json.loads((HERE / "cifar10_jpeg_guided_teacher.json").read_text())["metrics"]["fd@2048"]["mean"]
-    teacher = [(point["minutes"], point["fd"]) for point in record["teacher"]["curve"]]
-    start = teacher[-1][0]
-    student = [(start + point["minutes"], point["fd@2048"]) for point in record["student"]["curve"]]
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 350" font-family="sans-serif" font-size="13">',
         '<rect width="720" height="350" fill="white"/>',
@@ -59,13 +68,11 @@ def figure():
     for minutes in range(0, MINUTES + 1, 40):
         parts.append(text(x(minutes), BOTTOM + 18, minutes, "middle"))
     parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 40, "minutes of training on 2 CPU cores", "middle"))
-    parts.append(text(LEFT + 8, TOP + 12, "Fréchet distance"))
-    parts.append(line([(x(start), y(guided)), (RIGHT, y(guided))], 'stroke="#999" stroke-dasharray="4 3"'))
-    parts.append(text(x(start) - 8, y(guided) + 4, "teacher, guided: 45 evaluations", "end", "#777"))
-    parts += curve(teacher, "#1f77b4")
-    parts.append(text(x(start), y(teacher[-1][1]) + 22, "teacher: 35 evaluations", "end", "#1f77b4"))
-    parts += curve(student, "#d62728")
-    parts.append(text(x(student[0][0]) - 10, y(student[0][1]) - 4, "student: 1 evaluation", "end", "#d62728"))
+    parts.append(text(LEFT + 8, TOP - 6, "Fréchet distance"))
+    shipped, recipe = record, record["make cifar10"]
+    for run, colours, label in ((shipped, PALE, "shipped, Adam"), (recipe, STRONG, "make cifar10, Muon")):
+        words = f"teacher, {label}", f"student, {label}"
+        parts += runs(run["teacher"], run["student"], colours, words)
     return "\n".join([*parts, "</svg>", ""])
 
 

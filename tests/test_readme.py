@@ -1,4 +1,4 @@
-"""What the README claims can be found where it says: numbers and commands in results/, flags in the scripts."""
+"""What the documents claim can be found where they say: numbers and commands in results/, flags in the scripts."""
 
 import json
 import re
@@ -7,7 +7,11 @@ import runpy
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+import train
+import train0
+
+README, DETAILS = (ROOT / "README.md").read_text(), (ROOT / "results/README.md").read_text()
+DOCUMENTS = f"{README}\n\n{DETAILS}"
 
 
 def commands(value):
@@ -22,11 +26,13 @@ def commands(value):
 
 # Blocks in one line each, without bold and table rules; a table belongs to the paragraph above it.
 BLOCKS = [
-    " ".join(re.sub(r"[*_]{2}|\|[-|]+\|", " ", block).split()) for block in re.split(r"\n\s*\n(?!\|)", README)
+    " ".join(re.sub(r"[*_]{2}|\|[-|]+\|", " ", block).split()) for block in re.split(r"\n\s*\n(?!\|)", DOCUMENTS)
 ]
 MODES = "fp32", "bf16", "compiled"
-GUIDED = "cifar10_jpeg_guided_teacher"
+CIFAR10, GUIDED = "cifar10_jpeg", "cifar10_jpeg_guided_teacher"
 DEMO, SHAPES, PHOTOS = "demo", "ablation_shapes", "ablation_cifar10_jpeg"
+# Title, and where a run is: in cifar10_jpeg.json, and of its measurements the files cifar10_jpeg_*.json.
+RUNS = ("shipped", "", ""), ("of `make cifar10`", "make cifar10/", "muon_")
 FD, STD, ACCURACY, MINUTES = "fd/mean", "fd/std", "class_accuracy/mean", "training_minutes/mean"
 
 
@@ -38,14 +44,18 @@ def row(name, title, shown, minutes=True):
     return words, name, [f"summary/{title}/{place}" for place in places]
 
 
-# Words of README with {} for each number, the file in results/ that has them, and where: a/b/c, "file#a/b/c" for one of
-# another file, "% a" for a fraction in percent, "+ */a" for a sum over parts.
+# Words of the documents with {} for each number, the file in results/ that has them, and where: a/b/c, "file#a/b/c" for
+# one of another file, "% a" for a fraction in percent, "+ */a" for a sum over parts.
 STATED = [
     ("teacher {:.2f}, student {:.2f}, the teacher's own single step {:.1f}", DEMO, [
         f"measured/{who}/metrics/fd@5000/mean"
         for who in ("teacher, 35 evaluations", "student, 1 evaluation", "teacher, 1 evaluation")
     ]),
     ("The demo took {:.1f} minutes", DEMO, ["minutes"]),
+    ("only {:.1f} % for the teacher and {:.1f} % for the student", DEMO, [
+        f"% measured/{who}/metrics/precision@5000/mean"
+        for who in ("teacher, 35 evaluations", "student, 1 evaluation")
+    ]),
     *[row(name, title, shown, minutes=not title.startswith("teacher")) for name, title, shown in (
         (SHAPES, "DM loss alone (the seed's)", "DM loss alone"), (SHAPES, "+ GAN", "+ GAN"),
         (SHAPES, "+ GAN, 2 steps", "+ GAN, 2 steps"), (SHAPES, "+ GAN, 4 steps", "+ GAN, 4 steps"),
@@ -62,30 +72,36 @@ STATED = [
        [f"summary/guidance_scale {scale}/{place}" for place in (FD, ACCURACY, MINUTES)])
       for scale, shown in (("1", "`--guidance_scale 1`, none"), ("1.5", "`--guidance_scale 1.5`"),
                            ("2", "`--guidance_scale 2`"))],
-    ("As many fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes", ["metrics/fd@5000/mean"]),
-    *[(f"| {who} | {nfe} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} |", "cifar10_jpeg", [
-        f"{who}/training_minutes", *(f"cifar10_jpeg_{who}#{place}" for place in (
+    ("fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes", ["metrics/fd@5000/mean"]),
+    *[(f"| {who}, {title} | {nfe} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} |", CIFAR10, [
+        f"{run}{who}/training_minutes", *(f"cifar10_jpeg_{file}{who}#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean",
             "checkpoint/images_per_second"))
-    ]) for who, nfe, more in (("teacher", 35, ""), ("student", 1, " more"))],
-    ("That one, with {} evaluations an image, is at {:.2f} and {:.1f} % of 2,048 images", GUIDED, [
+    ]) for title, run, file in RUNS for who, nfe, more in (("teacher", 35, ""), ("student", 1, " more"))],
+    ("The shipped one, with {} evaluations an image, is at FD {:.2f} and {:.1f} % of 2,048 images", GUIDED, [
         "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean"]),
-    ("where the student is at {:.2f} and {:.1f} %", "cifar10_jpeg", [
+    ("where its student is at {:.2f} and {:.1f} %", CIFAR10, [
         "student/curve/-1/fd@2048", "% student/curve/-1/class_accuracy@2048"]),
-    ("of {:,} steps the student with seed 0 is at {:.2f}, with seed 1 at {:.2f}", "cifar10_jpeg", [
-        "tried/2,400 steps/steps", "tried/2,400 steps/curve/-1/fd@2048",
-        "tried/2,400 steps, seed 1/curve/-1/fd@2048"]),
-    *[("| teacher, 35 evaluations | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
-        f"teacher/curve/{i}/steps", f"teacher/curve/{i}/minutes", f"teacher/curve/{i}/fd",
-        f"% teacher/curve/{i}/class_accuracy"]) for i in range(4)],
-    *[("| student, 1 evaluation (2,048 images) | {:,} | {:.1f} | {:.2f} | {:.1f} % |", "cifar10_jpeg", [
-        f"student/curve/{i}/steps", f"student/curve/{i}/minutes", f"student/curve/{i}/fd@2048",
-        f"% student/curve/{i}/class_accuracy@2048"]) for i in range(6)],
-    *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg", [
+    ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
+        f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
+    *[(f"| {who}, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
+        f"{run}{who}/curve/{i}/{place}" for place in ("steps", "minutes")] + [
+        f"{run}{who}/curve/{i}/fd{at}", f"% {run}{who}/curve/{i}/class_accuracy{at}"])
+      for title, run, who, at, points in (
+          ("shipped (5,000 images)", "", "teacher", "", 4), ("shipped", "", "student", "@2048", 6),
+          ("of `make cifar10`", "make cifar10/", "teacher", "@2048", 3),
+          ("of `make cifar10`", "make cifar10/", "student", "@2048", 4))
+      for i in range(points)],
+    ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, the shipped one at FD {:.2f}, {:.1f} %", GUIDED, [
+        f"{file}{percent}metrics/{name}@2048/mean" for file in ("cifar10_jpeg_muon_guided_teacher#", "")
+        for percent, name in (("", "fd"), ("% ", "recall"))]),
+    ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000", "heldout_loss", [
+        f"rows/{name}/mean" for name in ("make cifar10", "shipped")]),
+    *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
         f"guidance/{scale}/curve/-1/fd@2048", *(
             f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
       for scale in ("1.5", "2", "3")],
-    *[(f"| {shown} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg", [
+    *[(f"| {shown} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
         f"guidance/4, 0.15 to 5{noise}/curve/-1/fd@2048", *(
             f"% guidance/4, 0.15 to 5{noise}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
       for noise, shown in (
@@ -93,7 +109,8 @@ STATED = [
           ("; DM noise 0.15 to 0.75", "the same, `--min_step_percent 0.15 --max_step_percent 0.75`"),
           ("; DM noise 0.25 to 0.65", "the same, `--min_step_percent 0.25 --max_step_percent 0.65`"),
           ("; DM noise 0.1 to 0.65", "the same, `--min_step_percent 0.1 --max_step_percent 0.65`"),
-          ("; DM noise 0.1 to 0.65, fake_unet too", "the same and `--fake_noise dm`"))],
+          ("; DM noise 0.1 to 0.65, fake_unet too", "the same and `--fake_noise dm`"),
+          ("; DM noise 0.1 to 0.65, fake_unet too; muon", "the same and `--optimizer muon`"))],
     *[(f"| {who} | {{}} | {{}} |", "published", [f"rows/{i}/evaluations", f"rows/{i}/fid"]) for i, who in enumerate(
         ("EDM, the usual teacher", "DMD2, NVIDIA FastGen", "f-distill, forward KL", "SiD", "SiD2A"))],
     *[(f"| {title} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:,}} |", "benchmark", [
@@ -101,6 +118,10 @@ STATED = [
       for title, part in (
           ("teacher step", "teacher_step"), ("generator turn", "generator_turn"), ("guidance turn", "guidance_turn"),
           ("one-step sampling", "sample_one_step"), ("Heun sampling, 35 evaluations", "sample_heun"))],
+    ("took {:.0f} ms in float32 and {:.0f} ms in bf16 and channels_last", "benchmark", [
+        f"modes/{mode}/teacher_step/ms" for mode in MODES[:2]]),
+    ("one batch took {:.0f} ms in one step and {:.0f} ms in 35", "benchmark", [
+        f"modes/bf16/sample_{way}/ms" for way in ("one_step", "heun")]),
     ("One-step sampling makes {:.1f}, {:.1f} and {:.1f} times as many", "benchmark", [
         f"ratios/{mode}/one_step_to_heun_images" for mode in MODES]),
     ("a guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
@@ -110,7 +131,7 @@ STATED = [
      "runs at {:.0f} % of the speed", "benchmark", [
         *(f"% operators/bf16/teacher_step/aten::{name}" for name in ("convolution_backward", "mkldnn_convolution")),
         "% modes/bf16/teacher_step/fraction_of_matmul"]),
-    ("accuracy on the real test images {:.2f} %", "calibration_test", ["% feature_network_accuracy"]),
+    ("asked for ({:.2f} % of real test images)", "calibration_test", ["% feature_network_accuracy"]),
     ("| {:,} test images | {:.2f} | {:.4f} | {:.1f} % | {:.1f} % | |", "calibration_test", [
         "num_images", *(f"metrics/{name}/mean" for name in ("fd", "kid")),
         *(f"% metrics/{name}/mean" for name in ("precision", "recall")),
@@ -129,12 +150,18 @@ STATED = [
 ]
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
-    50,000 steps of 256 images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
-    of 2,048 images; (2,048 images); one seed each, 2,048 images; recall by 10,000 real images;
-    all but a few of 5,000 images; whose evaluations are 35 times as many;
-    5,000 images against the training set; when it had 5,600 of its steps;
-    after 1,200 steps; for 3,600 steps; in its last 10,000 of 22,000 steps; get 50,000 images for evaluation
+    5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
+    5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048 images;
+    recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images); 2,048 images);
+    after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps; 5,000 fresh images; (5,000 images)
 """
+
+
+def preset_row(name):
+    """A preset as README's table has it: channels, and steps of how many images for teacher and student."""
+    flags = ["--preset", name] if name else []
+    teacher, student = (vars(script.parse_args(flags)[0]) for script in (train0, train))
+    return f"{teacher['channels']} | " + " | ".join(f"{x['steps']:,} of {x['batch_size']}" for x in (teacher, student))
 
 
 def report(name):
@@ -168,11 +195,14 @@ def test_the_numbers_stand_in_the_file_named(words, name, places):
     assert all(commands(report(name)) for name in names)
 
 
-def test_no_other_numbers_are_claimed():
+def test_no_other_numbers_are_claimed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)                     # where there are no runs
     sources = r"\[[^\]]*\]\([^)]*\)|`[^`]*`|>= [\d.]+|(sections?|equations?) [\d.]+((, | and )[\d.]+)*"
     rest = re.sub(sources, "", " ".join(BLOCKS))
     for words, name, places in STATED:
         rest = rest.replace(re.sub(r"`[^`]*`", "", stated(words, name, places)), "")
+    for name in (None, *train.PRESETS):
+        rest = rest.replace(preset_row(name), "")
     for words in SETTINGS.split(";"):
         rest = rest.replace(" ".join(words.split()), "")
     assert re.findall(r".{30}(?<![\w.])\d+(?:\.\d+|,\d{3}| %).{10}", rest) == []
@@ -181,14 +211,24 @@ def test_no_other_numbers_are_claimed():
 def test_the_curve_is_drawn_from_the_results():
     drawn = runpy.run_path(str(ROOT / "results/cifar10_curve.py"))["figure"]()
     assert drawn == (ROOT / "results/cifar10_curve.svg").read_text()
-    distances = [point["fd@2048"] for point in report("cifar10_jpeg")["student"]["curve"]]
+    record = report(CIFAR10)
+    students = record["student"], record["make cifar10"]["student"]
+    distances = [point["fd@2048"] for student in students for point in student["curve"]]
     assert all(f": {distance:.2f}</title>" in drawn for distance in distances)
+
+
+def test_the_table_of_presets_is_that_of_the_scripts(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)                     # where there are no runs
+    assert set(train.PRESETS) == set(train0.PRESETS)
+    for name in (None, *train.PRESETS):
+        shown = f"`{name}`" if name else "none"
+        assert re.search(rf"^\| {shown} \| .* \| {re.escape(preset_row(name))} \|", README, re.MULTILINE), name
 
 
 def test_every_flag_in_the_readme_exists():
     scripts = "".join(path.read_text() for path in ROOT.glob("*.py"))
     known = set(re.findall(r'"(--\w+)"', scripts)) | {"--logdir", "--help", "--nproc_per_node"}
-    assert set(re.findall(r"(?<![\w-])--\w+", README)) <= known
+    assert set(re.findall(r"(?<![\w-])--\w+", DOCUMENTS)) <= known
 
 
 def test_commands_stand_in_blocks_of_code():
@@ -197,6 +237,6 @@ def test_commands_stand_in_blocks_of_code():
 
 
 def test_every_file_in_the_readme_exists():
-    for name in re.findall(r"`([\w/]+\.(?:py|json|png|md))`", README) + re.findall(r"\]\((results/[^)]+)\)", README):
+    for name in re.findall(r"`([\w/]+\.(?:py|json|png|md))`", DOCUMENTS) + re.findall(r"\]\((results/[^)#]+)", README):
         if not name.startswith("runs/") and name not in ("results/evaluation.json", "grid.png"):
             assert (ROOT / name).is_file(), name
