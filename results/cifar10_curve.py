@@ -52,7 +52,7 @@ def runs(teacher, student, colours, words):
     parts = []
     for points, colour, label in zip((teacher, student), colours, words, strict=True):
         end, distance = points[-1]
-        parts += [*curve(points, colour), text(x(end) + 10, y(distance) + 4, label, colour=colour)]
+        parts += [*curve(points, colour), text(x(end) + 6, y(distance) + 19, label, colour=colour)]
     return parts
 
 

@@ -72,7 +72,8 @@ STATED = [
        [f"summary/guidance_scale {scale}/{place}" for place in (FD, ACCURACY, MINUTES)])
       for scale, shown in (("1", "`--guidance_scale 1`, none"), ("1.5", "`--guidance_scale 1.5`"),
                            ("2", "`--guidance_scale 2`"))],
-    ("fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes", ["metrics/fd@5000/mean"]),
+    ("The floor: 5,000 fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes",
+     ["metrics/fd@5000/mean"]),
     *[(f"| {who}, {title} | {nfe} | {{:.1f}} min{more} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} |", CIFAR10, [
         f"{run}{who}/training_minutes", *(f"cifar10_jpeg_{file}{who}#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean",
@@ -124,7 +125,7 @@ STATED = [
         f"modes/bf16/sample_{way}/ms" for way in ("one_step", "heun")]),
     ("One-step sampling makes {:.1f}, {:.1f} and {:.1f} times as many", "benchmark", [
         f"ratios/{mode}/one_step_to_heun_images" for mode in MODES]),
-    ("a guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
+    ("A guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
         f"ratios/{mode}/guidance_turn_to_floor" for mode in MODES]),
     ("a line of log, {:.2f} % of it in bf16", "benchmark", ["% ratios/bf16/loop_to_guidance_turn"]),
     ("of a teacher step in bf16 {:.0f} % are the backward of convolutions and {:.0f} % their forward, and the whole "
@@ -143,8 +144,9 @@ STATED = [
     ("each script killed at {} random moments", "stress_kills", ["train0/kills"]),
     ("each script killed at {} random moments", "stress_kills", ["train/kills"]),
     ("the {} half-written files", "stress_kills", ["+ */half_written_files_left_by_kills"]),
-    ("In an hour of `train.py`, {:,} steps, the memory of the last ten minutes was {:.3f} times that of the first, the "
-     "speed {:.2f} times", "stress_hour", ["steps", "memory_ratio", "speed_ratio_per_cpu_second"]),
+    ("In an hour of `train.py` (8 channels, one thread), {:,} steps, the memory of the last ten minutes was {:.3f} "
+     "times that of the first, the speed {:.2f} times", "stress_hour",
+     ["steps", "memory_ratio", "speed_ratio_per_cpu_second"]),
     ("And {} flags were given", "stress_flags", ["flags"]),
     ("{:,} times in all", "stress_flags", ["values_run"]),
 ]
@@ -153,7 +155,8 @@ SETTINGS = """
     5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
     5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048 images;
     recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images); 2,048 images);
-    after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps; 5,000 fresh images; (5,000 images)
+    after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps;
+    (5,000 images); in 9,000 of its own
 """
 
 
