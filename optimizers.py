@@ -12,10 +12,10 @@ MOMENTUM = 0.95
 
 
 def orthogonal(matrix):
-    """About U V^T of a matrix U S V^T [n, k]: the same directions, with all singular values between 0.6 and 1.3.
+    """About U V^T of a matrix U S V^T [n, k]: the same directions, with singular values of 0.6 to 1.3.
 
     Five steps of Newton-Schulz' iteration, with the coefficients of Jordan et al. 2024
-    (kellerjordan.github.io/posts/muon), which favour speed over exactness.
+    (kellerjordan.github.io/posts/muon), which favour speed over exactness; the least of the values may stay smaller.
     """
     x = matrix.mT if len(matrix) > matrix.shape[1] else matrix                      # the smaller product
     x = x / (x.norm() + 1e-7)                       # no singular value above 1
@@ -32,8 +32,8 @@ class Muon(torch.optim.Optimizer):
     The step is 0.2 sqrt(max(out, in h w)) times as long (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that it is
     as large as Adam's on average and one learning rate does for both.
 
-    torch.optim.Muon takes matrices alone, and computes in bf16 on any machine: where a CPU has no bf16, a step took 34
-    times as long as in float32 (results/cifar10_tuning.md).
+    torch.optim.Muon takes matrices alone, and computes in bf16 on any machine: by the product that torch has for CPUs
+    without bf16, a step took 34 times as long as in float32 (results/cifar10_tuning.md).
 
     Args:
         groups: as for any optimizer of torch, of weights [out, in, h, w].
