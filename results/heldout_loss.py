@@ -1,12 +1,11 @@
 """The denoising loss of a teacher on images that it has not seen: a quieter measure of its training than a distance.
 
-    python results/heldout_loss.py --checkpoint runs/teacher --name "teacher, Adam"
+    python results/heldout_loss.py --checkpoint weights/teacher.pt runs/teacher
 
 For each of a few noise levels: the mean of w(sigma) (x0_hat - x_0)^2 over 1,000 images of the test split, with the
-Karras weight and always the same noise. What --out holds of other names is kept, so that one file compares them.
+Karras weight and always the same noise. Several checkpoints in one call make one file that compares them.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -26,34 +25,38 @@ SIGMAS = (0.05, 0.15, 0.4, 1.0, 2.5, 8.0)
 IMAGES = 1000
 
 
-def main():
-    parser = cli.Parser(description="The denoising loss of a teacher on the test split.")
-    cli.add_common(parser)
-    parser.add_argument("--checkpoint", type=cli.path, default="runs/teacher", help="run folder or checkpoint")
-    cli.add_dataset(parser, "images, by default those that the checkpoint was trained on", None, None, flip=False)
-    parser.add_argument("--name", default="teacher", help="what to call it in --out")
-    parser.add_argument("--out", type=cli.path, default="results/heldout_loss.json", help="JSON file, added to")
-    args = parser.parse_args()
-    device = cli.device(args)
-    state = checkpoint.load(args.checkpoint, kind="teacher")
-    dataset = cli.dataset(args, state, split="test")
-    net = checkpoint.ema_model(state, device)
-    rows = torch.arange(IMAGES) * len(dataset.images) // IMAGES     # as many of each class where they are in order
-    x_0 = to_float(dataset.images[rows]).to(device)
-    labels, eps = dataset.labels[rows].to(device), image_noise(args.seed, rows).to(device)
-    losses = {}
+@torch.no_grad()
+def losses(net, x_0, labels, eps, precision):
+    """Mean loss at each of SIGMAS, for images and unit noise [N, 3, 32, 32] and labels [N]."""
+    found = {}
     for sigma in SIGMAS:
         total = 0.0
-        for x, e, y in zip(x_0.split(250), eps.split(250), labels.split(250), strict=True):
-            with torch.no_grad(), autocast(device, args.precision):
+        for x, y, e in zip(x_0.split(250), labels.split(250), eps.split(250), strict=True):
+            with autocast(x.device, precision):
                 x0_hat = net(x + sigma * e, sigma, y)
             total += ((x0_hat - x) ** 2).sum().item()
-        losses[str(sigma)] = diffusion.karras_weight(sigma) * total / x_0.numel()
-    rows = json.loads(Path(args.out).read_text()).get("rows", {}) if Path(args.out).exists() else {}
-    command = " ".join(["python results/heldout_loss.py", *sys.argv[1:]])
-    rows[args.name] = dict(mean=sum(losses.values()) / len(losses), losses=losses, step=state["step"], command=command)
-    records.write_json(args.out, dict(rows=rows, images=IMAGES), device)
-    print(f"{args.name}: {rows[args.name]['mean']:.4f} {losses}")
+        found[str(sigma)] = diffusion.karras_weight(sigma) * total / x_0.numel()
+    return found
+
+
+def main():
+    parser = cli.Parser(description="The denoising loss of teachers on the test split.")
+    cli.add_common(parser)
+    parser.add_argument("--checkpoint", type=cli.path, nargs="+", default=["runs/teacher"], help="run folders or files")
+    cli.add_dataset(parser, "images, by default the first checkpoint's", None, None, flip=False)
+    parser.add_argument("--out", type=cli.path, default="results/heldout_loss.json", help="where to write the JSON")
+    args = parser.parse_args()
+    device = cli.device(args)
+    states = [checkpoint.load(path, kind="teacher") for path in args.checkpoint]
+    dataset = cli.dataset(args, states[0], split="test")
+    picked = torch.arange(IMAGES) * len(dataset.images) // IMAGES   # as many of each class where they are in order
+    x_0, eps = to_float(dataset.images[picked]).to(device), image_noise(args.seed, picked).to(device)
+    rows = []
+    for path, state in zip(args.checkpoint, states, strict=True):
+        found = losses(checkpoint.ema_model(state, device), x_0, dataset.labels[picked].to(device), eps, args.precision)
+        rows.append(dict(checkpoint=path, step=state["step"], mean=sum(found.values()) / len(found), losses=found))
+        print(f"{path}: {rows[-1]['mean']:.4f}")
+    records.write_json(args.out, dict(rows=rows, images=IMAGES, seed=args.seed), device)
 
 
 if __name__ == "__main__":
