@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import runpy
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import TINY, call, export, teacher_flags
+from conftest import ROOT, TINY, call, export, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -433,3 +434,13 @@ def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tm
         one, two = checkpoint.load(straight / name), checkpoint.load(killed / name)
         assert one["best"] == two["best"] and one["step"] == two["step"]
         assert all(torch.equal(one["model_ema"][key], two["model_ema"][key]) for key in one["model_ema"])
+
+
+def test_the_held_out_loss_is_the_weighted_squared_error():
+    script = runpy.run_path(str(ROOT / "results/heldout_loss.py"))
+    zeros = torch.zeros(300, 3, 32, 32)                             # two batches, of 250 and 50
+    labels, eps = torch.zeros(300, dtype=torch.int64), torch.randn(300, 3, 32, 32)
+    found = script["losses"](lambda x, sigma, labels: x, zeros, labels, eps, "fp32")        # leaves the noise in
+    for sigma, loss in found.items():                               # (1/s^2 + 1/0.5^2) s^2 mean eps^2
+        assert loss == pytest.approx((1 + 4 * float(sigma) ** 2) * eps.square().mean().item(), rel=1e-4)
+    assert len(found) == len(script["SIGMAS"])
