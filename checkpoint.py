@@ -18,6 +18,7 @@ from model import SimpleUNet
 
 FORMAT = "dmd2 checkpoint 1"
 NAME = "checkpoint.pt"
+GUIDE = "guide.pt"                                  # an early one of a teacher's run, beside it
 KEYS = ("step", "model_config", "model_ema", "classes", "sigma_min", "sigma_max")
 KINDS = {"teacher": KEYS, "student": (*KEYS, "denoising_sigmas")}
 

@@ -160,7 +160,13 @@ def add_guidance(parser, whose):
     )
     parser.add_argument(
         "--guidance_interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
-        help="noise levels above LOW up to HIGH at which that guidance acts; default: all",
+        help="noise levels above LOW up to HIGH at which guidance of either kind acts; default: all",
+    )
+    parser.add_argument(
+        "--autoguidance_scale", type=weight, default=1.0, help=f"guidance of {whose} by a weaker teacher, 1: none"
+    )
+    parser.add_argument(
+        "--guide", type=path, help="that weaker teacher; default: guide.pt beside the teacher, which train0.py makes"
     )
 
 
@@ -283,13 +289,49 @@ def dataset(args, state=None, split="train"):
     return loaded
 
 
-def check_sampling(args, state):
-    """Raises UsageError if the guidance flags ask for what the checkpoint cannot do when it is sampled."""
-    if args.guidance_scale != 1 and state["kind"] == "student":
-        raise UsageError("--guidance_scale is for teachers: a student keeps the guidance that it was distilled with")
-    if args.guidance_interval and args.guidance_scale == 1:
-        raise UsageError("--guidance_interval needs a --guidance_scale other than 1")
+def sampling_guidance(args, state, device):
+    """Keyword arguments of diffusion.guided for a checkpoint that is sampled, from the flags of add_guidance.
+
+    Raises UsageError if these ask for nothing, or for what the checkpoint cannot do.
+    """
+    scales = dict(guidance_scale=args.guidance_scale, autoguidance_scale=args.autoguidance_scale)
+    for name, scale in scales.items():
+        if scale != 1 and state["kind"] == "student":
+            raise UsageError(f"--{name} is for teachers: a student keeps the guidance that it was distilled with")
+    if args.guidance_interval and set(scales.values()) == {1}:
+        raise UsageError("--guidance_interval needs a --guidance_scale or --autoguidance_scale other than 1")
+    if args.guide and args.autoguidance_scale == 1:
+        raise UsageError("--guide needs an --autoguidance_scale other than 1")
     check_guidance(args, state)
+    return dict(
+        scales, guidance_interval=args.guidance_interval, guide=load_guide(args, state, args.checkpoint, device)
+    )
+
+
+def guide_path(args, teacher):
+    """Where the weaker teacher is that --autoguidance_scale asks for, or None where it asks for none."""
+    if args.autoguidance_scale == 1:
+        return None
+    return args.guide or checkpoint.find(teacher).with_name(checkpoint.GUIDE)
+
+
+def load_guide(args, state, teacher, device):
+    """The network at guide_path, for the teacher at a path with this state; None where there is none.
+
+    Raises:
+        UsageError: it has other classes.
+        CheckpointError: there is no teacher.
+    """
+    path = guide_path(args, teacher)
+    if path is None:
+        return None
+    if not args.guide and not path.exists():
+        raise UsageError(f"--autoguidance_scale needs a weaker teacher, and there is no {path}: give --guide, or 1")
+    guide = checkpoint.load(path, kind="teacher")
+    if guide["classes"] != state["classes"]:
+        raise UsageError(f"the classes of --guide {path} are not those of the teacher")
+    with restoring(path):
+        return checkpoint.ema_model(guide, device)
 
 
 def check_guidance(args, state):

@@ -65,28 +65,40 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
     return x
 
 
-def guided(denoise, scale, interval=None):
-    """The denoiser with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): uncond + w (cond - uncond).
+def guided(denoise, guidance_scale=1.0, guidance_interval=None, guide=None, autoguidance_scale=1.0):
+    """The denoiser D led away from what it makes of no class, D(-1), and from what a weaker denoiser makes, D_weak.
+
+        D + (w - 1) (D - D(-1)) + (v - 1) (D - D_weak)
+
+    The first is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), the second autoguidance (Karras et al.
+    2024, arXiv 2406.02507, equation 5): the weaker one errs as the denoiser does, only more.
 
     Args:
-        denoise: a denoiser trained with label dropout, to which label -1 means no class.
-        scale: w; 1 is the denoiser itself and costs nothing.
-        interval: low, high: w acts at low < sigma <= high and is 1 elsewhere, as guidance at high noise costs variety
-            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere. One sigma for all images, a sampler's, costs
-            no second evaluation where w is 1.
+        denoise: D; for a w other than 1 one trained with label dropout, to which label -1 means no class.
+        guidance_scale: w; 1 costs nothing.
+        guidance_interval: low, high: both act at low < sigma <= high alone, as guidance at high noise costs variety
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere. Where all images have one sigma, a
+            sampler's, none costs an evaluation outside.
+        guide: D_weak, trained for less long or smaller than the denoiser; needed for a v other than 1.
+        autoguidance_scale: v; 1 costs nothing.
     """
-    if scale == 1:
+    w, v = guidance_scale, autoguidance_scale
+    if w == v == 1:
         return denoise
-    low, high = interval or (0, math.inf)
+    low, high = guidance_interval or (0, math.inf)
 
     def denoise_guided(x_t, sigma, labels):
         sigma = torch.as_tensor(sigma, device=x_t.device)
-        inside = (low < sigma) & (sigma <= high)
-        if interval and sigma.numel() == 1 and not inside:
-            return denoise(x_t, sigma, labels)
-        w = torch.where(inside, scale, 1.0)                                         # [], or [B, 1, 1, 1]
-        uncond = denoise(x_t, sigma, torch.full_like(labels, -1))
-        return uncond + w * (denoise(x_t, sigma, labels) - uncond)
+        inside = (low < sigma) & (sigma <= high)                                    # [], or [B, 1, 1, 1]
+        x0_hat = denoise(x_t, sigma, labels)
+        if guidance_interval and sigma.numel() == 1 and not inside:
+            return x0_hat
+        away = 0                                                                    # [B, 3, 32, 32]
+        if w != 1:
+            away = away + (w - 1) * (x0_hat - denoise(x_t, sigma, torch.full_like(labels, -1)))
+        if v != 1:
+            away = away + (v - 1) * (x0_hat - guide(x_t, sigma, labels))
+        return x0_hat + inside * away
 
     return denoise_guided
 

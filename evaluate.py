@@ -97,6 +97,10 @@ def read_images(folder):
         return torch.from_numpy(np.stack(list(pool.map(data.read_image, paths)))).permute(0, 3, 1, 2).contiguous()
 
 
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def spread(values):
     """The standard deviation of a sample, over sampling seeds; None of one value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -108,12 +112,10 @@ def main(argv=None):
     state, given = None, None
     if args.checkpoint:
         state = checkpoint.load(args.checkpoint)
-        digest = hashlib.sha256(checkpoint.find(args.checkpoint).read_bytes()).hexdigest()
-        cli.check_sampling(args, state)
+        digest = sha256(checkpoint.find(args.checkpoint))
+        guidance = cli.sampling_guidance(args, state, device)
         with cli.restoring(args.checkpoint):
-            sample = sampling.sampler(
-                state, device, args.num_steps, args.guidance_scale, args.guidance_interval, args.compile
-            )
+            sample = sampling.sampler(state, device, args.num_steps, guidance, args.compile)
     else:
         given, labels = read_npz(args.npz) if args.npz else (read_images(args.images), None)
         if len(given) < LEAST_IMAGES:
@@ -152,10 +154,12 @@ def main(argv=None):
         torch_fidelity=torch_fidelity.__version__, seconds=round(time.perf_counter() - start, 1),
     )
     if state:
+        guide = cli.guide_path(args, args.checkpoint)
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
-            evaluations=sampling.evaluations(state, args.num_steps, args.guidance_scale, args.guidance_interval),
+            evaluations=sampling.evaluations(state, args.num_steps, guidance),
             guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
+            autoguidance_scale=args.autoguidance_scale, guide_sha256=guide and sha256(guide),
             bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),
         )

@@ -72,7 +72,8 @@ class GuidanceModel(nn.Module):
         min_step_percent, max_step_percent: range of the noise levels of the distribution matching loss, as fractions
             of the 1000 Karras steps, 0 the least noise.
         sigma_min, sigma_max: range of the Karras schedule; images span [-1, 1].
-        guidance_scale, guidance_interval: classifier-free guidance of real_unet, as in diffusion.guided; 1 is none.
+        guidance_scale, guidance_interval, guide, autoguidance_scale: guidance of real_unet, as in diffusion.guided; of
+            the guide, a weaker teacher, a copy is kept.
         gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a SimpleUNet, or have its
             bottleneck_channels and return_bottleneck.
         fake_noise: what fake_unet learns, "all" of the 1000 steps as in the paper, or "dm", the range above, beyond
@@ -83,7 +84,7 @@ class GuidanceModel(nn.Module):
 
     def __init__(
         self, teacher, min_step_percent=0.02, max_step_percent=0.98, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
-        guidance_scale=1.0, guidance_interval=None, fake_noise="all", gan=False,
+        guidance_scale=1.0, guidance_interval=None, guide=None, autoguidance_scale=1.0, fake_noise="all", gan=False,
         diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl",
     ):
         super().__init__()
@@ -93,9 +94,11 @@ class GuidanceModel(nn.Module):
             got = f"{min_step_percent}, {max_step_percent}"
             raise ValueError(f"need 0 <= min_step_percent <= max_step_percent <= 1, got {got}")
         self.real_unet = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.guide = None if guide is None else copy.deepcopy(guide).eval().requires_grad_(False)
         self.fake_unet = copy.deepcopy(teacher).train().requires_grad_(True)
         self.cls_head = ClassifierHead(teacher.bottleneck_channels) if gan else None
-        self.guidance_scale, self.guidance_interval, self.f_div = guidance_scale, guidance_interval, f_div
+        self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
+        self.autoguidance_scale, self.f_div = autoguidance_scale, f_div
         self.diffusion_gan_max_timestep = diffusion_gan_max_timestep
         self.min_step, self.max_step = timestep(min_step_percent), timestep(max_step_percent)
         self.fake_steps = dict(all=(0, timestep(1)), dm=(self.min_step, self.max_step))[fake_noise]
@@ -104,8 +107,15 @@ class GuidanceModel(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.real_unet.eval()                       # the teacher never trains, whatever its container does
+        for teacher in filter(None, (self.real_unet, self.guide)):
+            teacher.eval()                          # a teacher never trains, whatever its container does
         return self
+
+    def guided_teacher(self):
+        """real_unet with its guidance, a denoiser."""
+        return guided(
+            self.real_unet, self.guidance_scale, self.guidance_interval, self.guide, self.autoguidance_scale
+        )
 
     def add_noise(self, x, low, high, rng):
         """x_t = x + sigma_t eps with t uniform in low .. high; returns x_t [B, 3, 32, 32] and sigma_t [B, 1, 1, 1]."""
@@ -127,8 +137,7 @@ class GuidanceModel(nn.Module):
         with torch.no_grad():
             x_t, sigma = self.add_noise(x_gen, self.min_step, self.max_step, rng)
             # grad = (p_real - p_fake) / mean|p_real|,    p = x_gen - denoised(x_t)
-            real_unet = guided(self.real_unet, self.guidance_scale, self.guidance_interval)
-            p_real = x_gen - real_unet(x_t, sigma, labels)                          # [B, 3, 32, 32]
+            p_real = x_gen - self.guided_teacher()(x_t, sigma, labels)                          # [B, 3, 32, 32]
             p_fake = x_gen - self.fake_unet(x_t, sigma, labels)
             weight = p_real.abs().mean(dim=(1, 2, 3), keepdim=True)                 # [B, 1, 1, 1]
             grad = (p_real - p_fake) / (weight + 1e-6)                              # not 0/0 where p_real = 0

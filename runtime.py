@@ -226,7 +226,7 @@ class RunFolder:
         self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
         self.lock.flush()
         self.log_path = self.path / "log.jsonl"
-        old = ["checkpoint.pt.tmp", "best.pt.tmp", "log.jsonl.tmp"]                 # of a save that was killed
+        old = ["checkpoint.pt.tmp", "best.pt.tmp", "guide.pt.tmp", "log.jsonl.tmp"]         # of a save that was killed
         if fresh:                                   # checkpoint.pt itself stands until the first save replaces it
             old += ["log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"]
         for file in (file for pattern in old for file in self.path.glob(pattern)):
@@ -250,8 +250,9 @@ class RunFolder:
 
     @distributed.main_only
     def replaced(self):
-        """After the first save of a fresh run: what the folder's former run kept as its best goes too."""
-        (self.path / "best.pt").unlink(missing_ok=True)
+        """After the first save of a fresh run: what else the folder's former run kept of itself goes too."""
+        for name in ("best.pt", "guide.pt"):
+            (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self):

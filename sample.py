@@ -67,13 +67,11 @@ def main(argv=None):
     args = parse_args(argv)
     device = cli.device(args)
     state = checkpoint.load(args.checkpoint)
-    cli.check_sampling(args, state)
+    guidance = cli.sampling_guidance(args, state, device)
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
     with cli.restoring(args.checkpoint):
-        sample = sampling.sampler(
-            state, device, args.num_steps, args.guidance_scale, args.guidance_interval, args.compile
-        )
+        sample = sampling.sampler(state, device, args.num_steps, guidance, args.compile)
 
     start = time.perf_counter()
     with runtime.autocast(device, args.precision):
@@ -85,7 +83,7 @@ def main(argv=None):
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
         records.write(args.npz, lambda file: np.savez(file, *arrays))
-    nfe = sampling.evaluations(state, args.num_steps, args.guidance_scale, args.guidance_interval)
+    nfe = sampling.evaluations(state, args.num_steps, guidance)
     distributed.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
         f"{rate:.1f} images/s, {args.out}{' and ' + args.npz if args.npz else ''}"

@@ -15,10 +15,11 @@ from data import to_uint8
 from randomness import image_noise
 
 
-def evaluations(state, num_steps, guidance_scale=1.0, guidance_interval=None):
+def evaluations(state, num_steps, guidance):
     """Network evaluations per image (NFE): a student's one per noise level, or the 2 n - 1 of n Heun steps.
 
-    Where there is guidance those count twice, as the teacher is then asked with the class and without.
+    Where there is guidance (keyword arguments of diffusion.guided), those of the teacher without a class and those of
+    its guide count too.
     """
     if state["kind"] == "student":
         return len(state["denoising_sigmas"])
@@ -29,24 +30,25 @@ def evaluations(state, num_steps, guidance_scale=1.0, guidance_interval=None):
         return x_t
 
     total = 0
-    denoise = diffusion.guided(count, guidance_scale, guidance_interval)
+    denoise = diffusion.guided(count, **dict(guidance, guide=count))
     diffusion.heun_sample(denoise, torch.zeros(1), torch.zeros(1), num_steps, state["sigma_min"], state["sigma_max"])
     return total
 
 
-def sampler(state, device, num_steps=18, guidance_scale=1.0, guidance_interval=None, compile=False):
+def sampler(state, device, num_steps=18, guidance=None, compile=False):
     """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, by its averaged weights.
 
     A student makes an image in the steps that it was trained for, one as a rule (renoise as in few_step_sample); a
-    teacher in num_steps steps of Heun's method, where guidance_scale is not 1 with the guidance of diffusion.guided.
+    teacher in num_steps steps of Heun's method, guided as the keyword arguments of diffusion.guided in guidance say.
     """
-    net = checkpoint.ema_model(state, device)
-    if compile:
-        net.compile()
+    net, guidance = checkpoint.ema_model(state, device), guidance or {}
+    for network in filter(None, (net, guidance.get("guide"))):
+        if compile:
+            network.compile()
     if state["kind"] == "student":
         sigmas = state["denoising_sigmas"]
         return torch.no_grad()(lambda z, labels, renoise: diffusion.few_step_sample(net, z, labels, sigmas, renoise))
-    denoise = diffusion.guided(net, guidance_scale, guidance_interval)
+    denoise = diffusion.guided(net, **guidance)
     schedule = num_steps, state["sigma_min"], state["sigma_max"]
     return lambda z, labels, renoise: diffusion.heun_sample(denoise, z, labels, *schedule)
 

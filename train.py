@@ -143,6 +143,12 @@ def main(argv=None):
     if fresh and checkpoint.find(args.teacher).resolve().parent == Path(args.run_dir).resolve():
         raise cli.UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
     cli.check_guidance(args, source)
+    if fresh:
+        guide = cli.load_guide(args, source, args.teacher, device)
+    else:                                           # whose weights `model` holds, like the teacher's
+        guide = SimpleUNet(**source["guide_config"]) if source.get("guide_config") else None
+        if args.autoguidance_scale != 1 and guide is None:
+            raise cli.UsageError("--autoguidance_scale cannot begin in a resumed run: it was begun without a guide")
     gan = args.gen_cls_loss_weight > 0
     if not fresh and gan != (source["settings"].get("gen_cls_loss_weight", 0) > 0):
         raise cli.UsageError("--gen_cls_loss_weight cannot turn the GAN on or off in a resumed run")
@@ -152,8 +158,9 @@ def main(argv=None):
     model = UnifiedModel(
         net, args.conditioning_sigma, args.num_denoising_steps, args.sigma_min, sigma_max=args.sigma_max,
         min_step_percent=args.min_step_percent, max_step_percent=args.max_step_percent,
-        guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval, fake_noise=args.fake_noise,
-        gan=gan, f_div=args.f_div, diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
+        guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval, guide=guide,
+        autoguidance_scale=args.autoguidance_scale, fake_noise=args.fake_noise, gan=gan, f_div=args.f_div,
+        diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
     emas = checkpoint.EMAs(generator, [args.ema_decay, *args.more_ema_decays])
@@ -197,9 +204,9 @@ def main(argv=None):
                 model_ema=ema.module.state_dict(), ema_decay=ema.decay, denoising_sigmas=model.denoising_sigmas,
                 sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=label_dropout,
                 # From here on what only a resume needs; the randomness follows from the step. `model` holds the teacher
-                # too, so that the run stands on its own.
-                settings=cli.settings(args), model=model.state_dict(), emas=emas.state(), meter=meter.state(),
-                best=best,
+                # and its guide too, so that the run stands on its own.
+                settings=cli.settings(args), model=model.state_dict(), guide_config=guide and guide.config,
+                emas=emas.state(), meter=meter.state(), best=best,
                 generator_optimizer=generator_optimizer.state_dict(),
                 guidance_optimizer=guidance_optimizer.state_dict(),
             ),
@@ -216,11 +223,11 @@ def main(argv=None):
         return image_noise(args.seed, range(8 * rows), draw).to(device)
 
     with runtime.autocast(device, args.precision):
-        teacher = diffusion.guided(guidance.real_unet, args.guidance_scale, args.guidance_interval)
+        teacher = guidance.guided_teacher()
         teacher_grid = diffusion.heun_sample(teacher, grid_noise(0), grid_labels, 18, args.sigma_min, args.sigma_max)
     if args.compile:                                # after the grid, whose batch has another size
-        torch._dynamo.config.recompile_limit = 32   # three networks share one forward, each with and without gradient
-        for network in (generator, guidance.fake_unet, guidance.real_unet):
+        torch._dynamo.config.recompile_limit = 32   # the networks share one forward, each with and without gradient
+        for network in filter(None, (generator, guidance.fake_unet, guidance.real_unet, guidance.guide)):
             network.compile()
 
     def draw(net, z, labels, renoise):

@@ -66,6 +66,10 @@ def parse_args(argv=None):
         "--sigma_sampling", choices=["lognormal", "grid"], default="lognormal",
         help="training noise: ln(sigma) ~ N(p_mean, p_std^2), or uniform over the 1000 Karras steps",
     )
+    parser.add_argument(
+        "--guide_at", type=cli.fraction, default=0.15,
+        help="share of the steps after which the averaged weights are kept as guide.pt, for autoguidance; 0: never",
+    )
     parser.add_argument("--p_mean", type=cli.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
     parser.add_argument("--p_std", type=cli.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
     args, state = cli.parse_training(parser, "teacher", PRESETS, argv, FIXED)
@@ -106,14 +110,19 @@ def main(argv=None):
     run = runtime.RunFolder(args.run_dir, step, fresh, args.found)
     stop = runtime.StopSignal(args.max_minutes)
 
+    def teacher(ema=emas[0]):
+        return dict(
+            kind="teacher", step=step, classes=dataset.classes, model_config=net.config,
+            model_ema=ema.module.state_dict(), ema_decay=ema.decay,
+            sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=args.label_dropout,
+        )
+
     def save(name=checkpoint.NAME, ema=emas[0]):
         distributed.check_same(net, emas)
         checkpoint.save(
             run.path / name,
             dict(
-                kind="teacher", step=step, classes=dataset.classes, model_config=net.config,
-                model_ema=ema.module.state_dict(), ema_decay=ema.decay,
-                sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=args.label_dropout,
+                teacher(ema),
                 # From here on what only a resume needs; the randomness and the place in the data follow from the step.
                 settings=cli.settings(args), model=net.state_dict(), emas=emas.state(), meter=meter.state(),
                 best=best, optimizer=optimizer.state_dict(),
@@ -195,6 +204,8 @@ def main(argv=None):
                 log_grid()
             if step % args.save_every == 0 or step == args.steps or due():
                 save()                              # before a measurement, too: what ends that must not cost steps
+            if step == math.ceil(args.guide_at * args.steps):
+                checkpoint.save(run.path / checkpoint.GUIDE, teacher())
             if due():
                 measure()
     if step < args.steps:

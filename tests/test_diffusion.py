@@ -116,22 +116,54 @@ def test_guidance_moves_from_the_unconditional_estimate_through_the_conditional_
     assert guided(x, 2.01, labels)[:, 0, 0, 0].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_guidance_costs_a_second_evaluation_only_in_its_interval():
+def test_autoguidance_moves_on_from_the_weaker_denoiser():
+    asked = []
+
+    def denoise(x_t, sigma, labels):
+        asked.extend(labels.tolist())
+        return torch.where(labels >= 0, 1.0, 0.25).view(-1, 1, 1, 1).expand_as(x_t)
+
+    def weaker(x_t, sigma, labels):                 # 0, 0.5 and 0.9 for the classes below
+        return labels.view(-1, 1, 1, 1).expand_as(x_t) / 10
+
+    x, labels = torch.zeros(3, 3, 2, 2), torch.tensor([0, 5, 9])
+    guided = diffusion.guided(denoise, guide=weaker, autoguidance_scale=3.0)
+    torch.testing.assert_close(guided(x, 1.0, labels)[:, 0, 0, 0], torch.tensor([3.0, 2.0, 1.2]))
+    assert asked == [0, 5, 9]                       # never without a class: that is the other guidance
+    both = diffusion.guided(denoise, 2.0, (0.5, 2.0), weaker, 3.0)                  # 0.75 more, within the interval
+    torch.testing.assert_close(both(x, 1.0, labels)[:, 0, 0, 0], torch.tensor([3.75, 2.75, 1.95]))
+    sigma = torch.tensor([0.5, 0.51, 2.0]).view(3, 1, 1, 1)
+    torch.testing.assert_close(both(x, sigma, labels)[:, 0, 0, 0], torch.tensor([1.0, 2.75, 1.95]))
+    alone = diffusion.guided(denoise, 2.0, guide=weaker)
+    torch.testing.assert_close(alone(x, 1.0, labels), torch.full_like(x, 1.75))
+
+
+def test_guidance_costs_further_evaluations_only_in_its_interval():
     seen = []
 
     def denoise(x_t, sigma, labels):
         seen.append((float(sigma), int(labels[0])))
         return x_t / 2
 
+    def weaker(x_t, sigma, labels):
+        seen.append((float(sigma), "weaker"))
+        return x_t / 3
+
     levels = diffusion.karras_sigmas(18)
     low, high = float(levels[3]), float(levels[8])  # five levels within, each of them asked twice by Heun's method
     state = dict(kind="teacher", sigma_min=0.002, sigma_max=80.0)
-    for scale, interval, wanted in ((1.0, None, 35), (4.0, None, 70), (4.0, (low * 1.01, high * 1.01), 45)):
+    within = (low * 1.01, high * 1.01)
+    for w, v, interval, wanted in (
+        (1.0, 1.0, None, 35), (4.0, 1.0, None, 70), (4.0, 1.0, within, 45), (1.0, 2.0, within, 45),
+        (4.0, 2.0, within, 55),
+    ):
         seen.clear()
-        diffusion.heun_sample(diffusion.guided(denoise, scale, interval), torch.zeros(1, 3, 2, 2), torch.ones(1).long())
-        assert len(seen) == wanted == sampling.evaluations(state, 18, scale, interval)
-        unconditional = {sigma for sigma, label in seen if label == -1}
-        assert all(interval is None or interval[0] < sigma <= interval[1] for sigma in unconditional)
+        guidance = dict(guidance_scale=w, guidance_interval=interval, guide=weaker, autoguidance_scale=v)
+        diffusion.heun_sample(diffusion.guided(denoise, **guidance), torch.zeros(1, 3, 2, 2), torch.ones(1).long())
+        assert len(seen) == wanted == sampling.evaluations(state, 18, guidance)
+        more = {sigma for sigma, asked in seen if asked in (-1, "weaker")}
+        assert all(interval is None or interval[0] < sigma <= interval[1] for sigma in more)
+        assert sum(asked == "weaker" for _, asked in seen) == (0 if v == 1 else 10)
 
 
 def test_all_noise_levels_share_one_compiled_graph():

@@ -331,6 +331,22 @@ def test_guidance_scale_is_for_the_real_score_alone():
     assert grad(0.9, 2.0).abs().mean() > 1e-3
 
 
+def test_autoguidance_is_for_the_real_score_alone_and_its_guide_never_trains():
+    x_gen = images()
+    auto = GuidanceModel(GaussianDenoiser(0.3, 0.2), guide=GaussianDenoiser(0.1, 0.2), autoguidance_scale=2.0)
+    plain = GuidanceModel(GaussianDenoiser(0.5, 0.2))               # 0.3 + (2 - 1) (0.3 - 0.1)
+    plain.fake_unet = GaussianDenoiser(0.3, 0.2)
+    grads = [g.compute_distribution_matching_loss(x_gen, LABELS, StepRandom(0, 0))[1]["grad"] for g in (auto, plain)]
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().mean() > 1e-3
+
+    weaker = small_net()
+    model = UnifiedModel(small_net(), guide=weaker, autoguidance_scale=2.0).train()
+    guide = model.guidance_model.guide
+    assert guide is not weaker and not guide.training and not any(p.requires_grad for p in guide.parameters())
+    assert {f"guidance_model.guide.{name}" for name in weaker.state_dict()} <= model.state_dict().keys()
+
+
 def test_every_weight_learns_from_several_steps_in_bf16():
     model = UnifiedModel(small_net(), num_denoising_steps=2)
     calls = []

@@ -303,6 +303,57 @@ def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, t
     assert "--guidance_scale is for teachers" in capsys.readouterr().err
 
 
+def test_an_early_teacher_guides_the_later_one_from_training_to_samples(tmp_path, tree, capsys, monkeypatch):
+    a, b, guide = f"{tmp_path}/a", f"{tmp_path}/b", tmp_path / "a" / "guide.pt"
+    flags = [*teacher_flags(tree), "--run_dir", a, "--steps", "6", "--guide_at"]
+    assert call(train0, *flags, "0") == 0 and not guide.exists()
+    assert call(train0, *flags, "0.3", "--overwrite") == 0
+    early, last = checkpoint.load(guide, kind="teacher"), checkpoint.load(a)
+    assert early["step"] == 2 and last["step"] == 6                 # the first after 0.3 of 6
+    weights = [torch.cat([v.flatten() for v in state["model_ema"].values()]) for state in (early, last)]
+    assert not torch.equal(*weights) and "optimizer" not in early
+
+    paths = ["--out", f"{tmp_path}/x.png", "--npz", f"{tmp_path}/x.npz", "--device", "cpu", "--num_images", "6"]
+    images = {}
+    for name, more in dict(alone=[], auto=["--autoguidance_scale", "4"],
+                           itself=["--autoguidance_scale", "4", "--guide", a]).items():
+        capsys.readouterr()
+        assert call(sample, "--checkpoint", a, "--num_steps", "2", *more, *paths) == 0
+        assert f" {6 if more else 3} evaluations each" in capsys.readouterr().out
+        images[name] = np.load(f"{tmp_path}/x.npz")["arr_0"].astype(int)
+    assert not np.array_equal(images["alone"], images["auto"])
+    assert abs(images["alone"] - images["itself"]).max() <= 1       # it does not differ from itself
+
+    flags = ["--teacher", a, "--autoguidance_scale", "2", "--steps", "8", *TINY]
+    assert call(train, "--run_dir", b, *flags) == 0
+    state = checkpoint.load(b)
+    assert all(torch.equal(state["model"][f"guidance_model.guide.{name}"], v) for name, v in early["model_ema"].items())
+    losses = [json.loads(line)["loss_dm"] for line in read(f"{b}/log.jsonl").splitlines() if b"loss_dm" in line]
+    interrupted(monkeypatch, train, 5, signal.SIGTERM)
+    assert call(train, "--run_dir", f"{tmp_path}/c", *flags) == 0
+    guide.unlink()                                                  # the run stands on its own
+    assert call(train, "--run_dir", f"{tmp_path}/c", "--resume") == 0
+    assert_same_run(b, tmp_path / "c")
+    assert call(train, "--run_dir", f"{tmp_path}/d", *flags, "--autoguidance_scale", "1") == 0
+    plain = [json.loads(line)["loss_dm"] for line in read(f"{tmp_path}/d/log.jsonl").splitlines() if b"loss_dm" in line]
+    assert losses[0] != plain[0]
+
+    other = f"{tmp_path}/other"
+    assert call(train0, "--dataset", "shapes", "--run_dir", other, "--steps", "1", "--channels", "8", *TINY) == 0
+    auto = ["--autoguidance_scale", "2"]
+    for script, argv, said in (
+        (sample, ["--checkpoint", a, *auto, *paths], "guide.pt"),   # it was deleted above
+        (train, ["--teacher", a, "--run_dir", f"{tmp_path}/e", *auto, *TINY], "guide.pt"),
+        (train, ["--teacher", a, "--run_dir", f"{tmp_path}/e", *auto, "--guide", other, *TINY], "classes of --guide"),
+        (train, ["--run_dir", f"{tmp_path}/d", "--resume", *auto], "resumed run"),
+        (sample, ["--checkpoint", b, *auto, *paths], "--autoguidance_scale is for teachers"),
+        (sample, ["--checkpoint", a, "--guide", other, *paths], "--guide needs"),
+    ):
+        capsys.readouterr()
+        assert call(script, *argv) == 2 and said in capsys.readouterr().err, argv
+    assert not (tmp_path / "e").exists()
+
+
 def test_classes_of_unequal_size_are_said(tmp_path, tree, capsys):
     flags = teacher_flags(tree)
     assert call(train0, *flags, "--run_dir", f"{tmp_path}/a", "--steps", "1") == 0
