@@ -71,7 +71,7 @@ def guided(denoise, guidance_scale=1.0, guidance_interval=None, guide=None, auto
         D + (w - 1) (D - D(-1)) + (v - 1) (D - D_weak)
 
     The first is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), the second autoguidance (Karras et al.
-    2024, arXiv 2406.02507, equation 5): the weaker one errs as the denoiser does, only more.
+    2024, arXiv 2406.02507, section 4): the weaker one errs as the denoiser does, only more.
 
     Args:
         denoise: D; for a w other than 1 one trained with label dropout, to which label -1 means no class.

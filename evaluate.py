@@ -159,7 +159,7 @@ def main(argv=None):
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
             evaluations=sampling.evaluations(state, args.num_steps, guidance),
             guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
-            autoguidance_scale=args.autoguidance_scale, guide_sha256=guide and sha256(guide),
+            autoguidance_scale=args.autoguidance_scale, guide_sha256=guide and sha256(checkpoint.find(guide)),
             bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),
         )

@@ -137,7 +137,7 @@ class GuidanceModel(nn.Module):
         with torch.no_grad():
             x_t, sigma = self.add_noise(x_gen, self.min_step, self.max_step, rng)
             # grad = (p_real - p_fake) / mean|p_real|,    p = x_gen - denoised(x_t)
-            p_real = x_gen - self.guided_teacher()(x_t, sigma, labels)                          # [B, 3, 32, 32]
+            p_real = x_gen - self.guided_teacher()(x_t, sigma, labels)              # [B, 3, 32, 32]
             p_fake = x_gen - self.fake_unet(x_t, sigma, labels)
             weight = p_real.abs().mean(dim=(1, 2, 3), keepdim=True)                 # [B, 1, 1, 1]
             grad = (p_real - p_fake) / (weight + 1e-6)                              # not 0/0 where p_real = 0

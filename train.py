@@ -146,7 +146,8 @@ def main(argv=None):
     if fresh:
         guide = cli.load_guide(args, source, args.teacher, device)
     else:                                           # whose weights `model` holds, like the teacher's
-        guide = SimpleUNet(**source["guide_config"]) if source.get("guide_config") else None
+        with cli.restoring(args.run_dir):
+            guide = SimpleUNet(**source["guide_config"]) if source.get("guide_config") else None
         if args.autoguidance_scale != 1 and guide is None:
             raise cli.UsageError("--autoguidance_scale cannot begin in a resumed run: it was begun without a guide")
     gan = args.gen_cls_loss_weight > 0

@@ -111,7 +111,7 @@ def main(argv=None):
     stop = runtime.StopSignal(args.max_minutes)
 
     def teacher(ema=emas[0]):
-        return dict(
+        return dict(                                # what sampling, distillation and autoguidance need of it
             kind="teacher", step=step, classes=dataset.classes, model_config=net.config,
             model_ema=ema.module.state_dict(), ema_decay=ema.decay,
             sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=args.label_dropout,
