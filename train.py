@@ -47,15 +47,16 @@ PRESETS = {
     # alone took the distance after 1,200 steps from 11.0 to 9.1 (results/cifar10_tuning.md).
     "cifar10": dict(
         batch_size=64, steps=2400, optimizer="muon", dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3,
-        ema_decay=0.97, guidance_scale=4.0, guidance_interval=[0.15, 5.0], min_step_percent=0.1, max_step_percent=0.65,
-        fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine", log_every=20, sample_every=600, save_every=200,
+        ema_decay=0.97, guidance_scale=4.0, guidance_interval=[0.15, 5.0], autoguidance_scale=2.0,
+        min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine",
+        log_every=20, sample_every=600, save_every=200,
     ),
     # The same for a GPU and its larger teacher: half the rates for twice the width. Its length has not been run yet.
     "cifar10_gpu": dict(
         batch_size=256, steps=24_000, optimizer="muon", dfake_gen_update_ratio=2, generator_lr=2.5e-4,
-        guidance_lr=1.5e-3, guidance_scale=4.0, guidance_interval=[0.15, 5.0], min_step_percent=0.1,
-        max_step_percent=0.65, fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine", save_every=3000,
-        compile=True,
+        guidance_lr=1.5e-3, guidance_scale=4.0, guidance_interval=[0.15, 5.0], autoguidance_scale=2.0,
+        min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine",
+        save_every=3000, compile=True,
     ),
 }
 # Two steps can follow one another only if these stay as they were.
