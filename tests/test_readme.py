@@ -112,6 +112,22 @@ STATED = [
           ("; DM noise 0.1 to 0.65", "the same, `--min_step_percent 0.1 --max_step_percent 0.65`"),
           ("; DM noise 0.1 to 0.65, fake_unet too", "the same and `--fake_noise dm`"),
           ("; DM noise 0.1 to 0.65, fake_unet too; muon", "the same and `--optimizer muon`"))],
+    *[(f"| {title} | {{}} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", GUIDED, [
+        f"cifar10_jpeg_{file}_teacher#{place}" for place in (
+            "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean",
+            "% metrics/recall@2048/mean")])
+      for title, file in (
+          ("teacher, shipped, guided", "guided"), ("and autoguided", "autoguided"),
+          ("teacher, of `make cifar10`, guided", "muon_guided"), ("and autoguided", "muon_autoguided"))],
+    *[(f"| {title} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg_student", [
+        f"cifar10_jpeg_{file}student#{place}" for place in (
+            "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
+      for title, file in (
+          ("student, shipped", ""), ("of the shipped teacher, autoguided, with Muon", "autoguided_"),
+          ("of the teacher of `make cifar10`, not autoguided", "muon_plain_"), ("the same, autoguided", "muon_"))],
+    ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
+        f"{run}/curve/{i}/fd@2048"
+        for run in ("autoguidance/make cifar10, guide of step 1,350", "make cifar10/student") for i in (0, 1)]),
     *[(f"| {who} | {{}} | {{}} |", "published", [f"rows/{i}/evaluations", f"rows/{i}/fid"]) for i, who in enumerate(
         ("EDM, the usual teacher", "DMD2, NVIDIA FastGen", "f-distill, forward KL", "SiD", "SiD2A"))],
     *[(f"| {title} | {{:.0f}} | {{:.0f}} | {{:.0f}} | {{:,}} |", "benchmark", [
@@ -156,7 +172,8 @@ SETTINGS = """
     5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048 images;
     recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images); 2,048 images);
     after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps;
-    (5,000 images); in 9,000 of its own
+    (5,000 images); in 9,000 of its own; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
+    after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run
 """
 
 
