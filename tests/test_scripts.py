@@ -306,7 +306,8 @@ def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, t
 def test_an_early_teacher_guides_the_later_one_from_training_to_samples(tmp_path, tree, capsys, monkeypatch):
     a, b, guide = f"{tmp_path}/a", f"{tmp_path}/b", tmp_path / "a" / "guide.pt"
     flags = [*teacher_flags(tree), "--run_dir", a, "--steps", "6", "--guide_at"]
-    assert call(train0, *flags, "0") == 0 and not guide.exists()
+    assert call(train0, *flags, "0.5") == 0 and guide.exists()
+    assert call(train0, *flags, "0", "--overwrite") == 0 and not guide.exists()     # that of the former run is gone
     assert call(train0, *flags, "0.3", "--overwrite") == 0
     early, last = checkpoint.load(guide, kind="teacher"), checkpoint.load(a)
     assert early["step"] == 2 and last["step"] == 6                 # the first after 0.3 of 6
