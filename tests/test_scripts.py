@@ -344,8 +344,8 @@ def test_an_early_teacher_guides_the_later_one_from_training_to_samples(tmp_path
     auto = ["--autoguidance_scale", "2"]
     for script, argv, said in (
         (sample, ["--checkpoint", a, *auto, *paths], "guide.pt"),   # it was deleted above
-        (train, ["--teacher", a, "--run_dir", f"{tmp_path}/e", *auto, *TINY], "guide.pt"),
-        (train, ["--teacher", a, "--run_dir", f"{tmp_path}/e", *auto, "--guide", other, *TINY], "classes of --guide"),
+        (train, ["--teacher", a, "--run_dir", f"{tmp_path}/e", "--steps", "1", *auto, *TINY], "guide.pt"),
+        (train, [*flags, "--run_dir", f"{tmp_path}/e", "--guide", other], "classes of --guide"),
         (train, ["--run_dir", f"{tmp_path}/d", "--resume", *auto], "resumed run"),
         (sample, ["--checkpoint", b, *auto, *paths], "--autoguidance_scale is for teachers"),
         (sample, ["--checkpoint", a, "--guide", other, *paths], "--guide needs"),
