@@ -146,7 +146,7 @@ def main(argv=None):
         raise cli.UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
     cli.check_guidance(args, source)
     if fresh:
-        guide = cli.load_guide(args, source, args.teacher, device)
+        guide = cli.load_guide(args, source, args.teacher, "cpu")     # `model` takes a copy to the device
     else:                                           # whose weights `model` holds, like the teacher's
         with cli.restoring(args.run_dir):
             guide = SimpleUNet(**source["guide_config"]) if source.get("guide_config") else None
