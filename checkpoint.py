@@ -17,8 +17,8 @@ import distributed
 from model import SimpleUNet
 
 FORMAT = "dmd2 checkpoint 1"
-NAME = "checkpoint.pt"
-GUIDE = "guide.pt"                                  # an early one of a teacher's run, beside it
+# What a run folder holds: the newest, the one of the least distance, and of a teacher's run an early one.
+NAMES = NAME, BEST, GUIDE = "checkpoint.pt", "best.pt", "guide.pt"
 KEYS = ("step", "model_config", "model_ema", "classes", "sigma_min", "sigma_max")
 KINDS = {"teacher": KEYS, "student": (*KEYS, "denoising_sigmas")}
 
@@ -161,7 +161,7 @@ class EMAs(torch.nn.ModuleList):
     """
 
     def __init__(self, model, decays):
-        super().__init__(EMA(model, decay) for decay in decays)
+        super().__init__(EMA(model, decay) for decay in dict.fromkeys(decays))            # each once
         for ema in self:
             ema.suffix = "" if ema is self[0] else f"_ema_{ema.decay}"              # of its measurements' names
 

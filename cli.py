@@ -27,9 +27,14 @@ class UsageError(Exception):
     """A wrong call: one line for the user, exit code 2."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):             # where the default is None, the help says what that means
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
@@ -113,7 +118,9 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
     parser.add_argument("--log_every", type=count, default=50, help="steps between two readings of the losses")
     parser.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
     parser.add_argument("--save_every", type=count, default=save_every, help="steps between two checkpoints")
-    parser.add_argument("--max_minutes", type=positive, help="save and stop after so many minutes; --resume goes on")
+    parser.add_argument(
+        "--max_minutes", type=positive, help="save and stop after so many minutes, --resume goes on; default: no limit"
+    )
     parser.add_argument(
         "--optimizer", choices=["adam", "muon"], default="adam",
         help="muon: Muon for the convolutions inside the networks, Adam for the rest",
@@ -123,7 +130,7 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
         "--lr_schedule", choices=["cosine", "constant"], default="constant", help="after the rise; cosine ends at zero"
     )
     parser.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
-    parser.add_argument("--preset", help=f"a named set of defaults: {', '.join(presets)}")
+    parser.add_argument("--preset", help=f"a named set of defaults: {', '.join(presets)}; default: none")
     parser.add_argument(
         "--resume", action="store_true", help="go on from run_dir's checkpoint with its settings, if it has one"
     )
@@ -146,9 +153,13 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
 
 def add_dataset(parser, title, dataset="cifar10", data_dir="data", flip=True):
     group = parser.add_argument_group(title)
-    group.add_argument("--dataset", choices=DATASETS, default=dataset, help="folder: any tree of <class>/<image>")
+    otherwise = "" if dataset else "; default: the checkpoint's"
     group.add_argument(
-        "--data_dir", type=path, default=data_dir, help="where cifar10 is, or is downloaded to; or the folder"
+        "--dataset", choices=DATASETS, default=dataset, help=f"folder: any tree of <class>/<image>{otherwise}"
+    )
+    group.add_argument(
+        "--data_dir", type=path, default=data_dir,
+        help=f"where cifar10 is, or is downloaded to; or the folder{otherwise}",
     )
     if flip:
         group.add_argument("--flip", type=number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
@@ -177,7 +188,7 @@ def add_features(parser):
         "(features, logits); a program: from people you trust. Default: Inception, fetched on first use",
     )
     parser.add_argument(
-        "--inception_weights", type=path, help="where Inception's weights are, if not in torch.hub's folder"
+        "--inception_weights", type=path, help="where Inception's weights are; default: torch.hub's folder"
     )
     parser.add_argument(
         "--cache_dir", type=path, default="~/.cache/dmd2", help="keeps the features of datasets, by content"
@@ -191,7 +202,7 @@ def extractor(args, device):
 
     if args.feature_extractor:
         return metrics.exported(args.feature_extractor, device)
-    return metrics.inception(device, args.inception_weights)
+    return distributed.first_of_host(metrics.inception, device, args.inception_weights)
 
 
 def validation(args, dataset, device):
@@ -212,7 +223,7 @@ def or_shipped(path, default, name):
     return str(shipped)
 
 
-SESSION_FLAGS = ("found", "run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
+SESSION_FLAGS = ("stamp", "run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
 
 
 def settings(args):
@@ -261,9 +272,10 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {distributed.WORLD} processes")
     for name in fixed if state else ():
         saved = state["settings"].get(name, parser.get_default(name))               # no such flag in an older version
-        if getattr(args, name) != saved:
+        none_yet = name == "dataset" and saved is None          # a student without a GAN that was not measured either
+        if getattr(args, name) != saved and not none_yet:
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
-    args.found = seen
+    args.stamp = seen
     return args, state
 
 
@@ -271,7 +283,8 @@ def name_dataset(args, state):
     """Fill in --dataset and --data_dir, where they are not given, with what the checkpoint's network was trained on."""
     known = state.get("settings", {}) if state else {}
     args.dataset = args.dataset or known.get("dataset")
-    args.data_dir = args.data_dir or known.get("data_dir") or "data"
+    place = known.get("data_dir") if args.dataset == known.get("dataset") else None
+    args.data_dir = args.data_dir or place or "data"
 
 
 def dataset(args, state=None, split="train"):

@@ -90,7 +90,7 @@ def read_image(path):
 
 
 def load_folder(root, split):
-    if (root / split).is_dir():
+    if any(place.is_dir() for place in (root / split).glob("*")):           # classes in it: it is no class itself
         root = root / split
     elif split != "train":
         raise DataError(f"--data_dir {root} has no folder {split}")

@@ -38,8 +38,13 @@ def parse_args(argv=None):
     source.add_argument(
         "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
     )
-    source.add_argument("--npz", type=cli.path, help="images of arr_0, uint8 [N, 32, 32, 3]; labels of arr_1 if there")
-    source.add_argument("--images", type=cli.path, help="a folder of images, however deep")
+    source.add_argument(
+        "--npz", type=cli.path,
+        help="images of arr_0, uint8 [N, 32, 32, 3], labels of arr_1 if there; default: the checkpoint's images",
+    )
+    source.add_argument(
+        "--images", type=cli.path, help="a folder of images, however deep; default: the checkpoint's images"
+    )
     cli.add_dataset(parser, "real images, by default those that the checkpoint was trained on", None, None, flip=False)
     parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
     parser.add_argument(
@@ -81,10 +86,10 @@ def read_npz(path):
             raise ValueError(f"arr_0 is {images.dtype} {list(images.shape)}, not uint8 [N, 32, 32, 3]")
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(f"arr_1 has shape {list(labels.shape)} for {len(images)} images")
+        labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     except Exception as error:                      # numpy, zipfile and zlib have many
         raise data.DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
 def read_images(folder):

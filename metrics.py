@@ -5,11 +5,13 @@
     values = distances(generated, labels, real, extractor)                  # dict: fid, kid, precision, recall, ...
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
+import sys
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -101,10 +103,11 @@ def exported(path, device):
         # A program remembers the device that it was made on and checks its input for it: .to(device) would not do.
         program = torch.export.load(without_pickles(content))
         program = move_to_device_pass(program, torch.empty(0, device=device).device).module()
-        out = program(torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=device))
-        features, logits = out if isinstance(out, tuple | list) else (out, None)
-        if features.ndim != 2 or len(features) != 4 or (logits is not None and logits.ndim != 2):
-            raise ValueError("it does not give features [N, D] or (features, logits [N, K])")
+        for n in 4, 5:                              # an N that was fixed when it was exported shows now
+            out = program(torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=device))
+            features, logits = out if isinstance(out, tuple | list) else (out, None)
+            if features.ndim != 2 or len(features) != n or (logits is not None and logits.ndim != 2):
+                raise ValueError("it does not give features [N, D] or (features, logits [N, K])")
     except OSError as error:
         raise MetricsError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:                      # any layer of the reader, or the program itself
@@ -171,14 +174,16 @@ def reference(images, extractor, cache_dir):
             return dict(file, features=torch.from_numpy(file["features"]))
     except Exception:                               # not there yet, or damaged: made anew
         real = summary(extractor(images)[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             np.savez(file, **dict(real, features=real["features"].numpy()))
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:                        # what was measured is worth more than its copy for the next time
+        print(f"note: cannot keep the features in --cache_dir {cache_dir}: {error.strerror}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return real
 
 

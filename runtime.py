@@ -17,6 +17,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
+import checkpoint
 import distributed
 from data import to_uint8
 
@@ -190,7 +191,7 @@ class RunInUseError(Exception):
 def stamp(path):
     """What tells one save of the checkpoint in a run folder from the next; None where there is none."""
     try:
-        found = os.stat(Path(path) / "checkpoint.pt")
+        found = os.stat(Path(path) / checkpoint.NAME)
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
@@ -202,14 +203,14 @@ class RunFolder:
     Args:
         start_step: of the checkpoint that the run goes on from; what was logged later is taken back.
         fresh: whether the logs start anew.
-        found: stamp() of the folder at the time when that was decided.
+        known: stamp() of the folder at the time when that was decided.
 
     Raises:
         RunInUseError: another process is at work on this folder, or was since.
         OSError: the folder cannot be made or written.
     """
 
-    def __init__(self, path, start_step, fresh, found):
+    def __init__(self, path, start_step, fresh, known):
         self.path, self.start_step = Path(path), start_step
         if not distributed.MAIN:
             return
@@ -220,13 +221,13 @@ class RunFolder:
         except OSError as error:
             self.lock.seek(0)
             raise RunInUseError(f"{path} is being written by {self.lock.read().strip()}") from error
-        if stamp(path) != found:                    # by a run that has ended while this one started
+        if stamp(path) != known:                    # by a run that has ended while this one started
             raise RunInUseError(f"another process has saved to {path} just now: start again")
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
         self.lock.flush()
         self.log_path = self.path / "log.jsonl"
-        old = ["checkpoint.pt.tmp", "best.pt.tmp", "guide.pt.tmp", "log.jsonl.tmp"]         # of a save that was killed
+        old = [f"{name}.tmp" for name in (*checkpoint.NAMES, "log.jsonl")]                  # of a save that was killed
         if fresh:                                   # checkpoint.pt itself stands until the first save replaces it
             old += ["log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"]
         for file in (file for pattern in old for file in self.path.glob(pattern)):
@@ -251,7 +252,7 @@ class RunFolder:
     @distributed.main_only
     def replaced(self):
         """After the first save of a fresh run: what else the folder's former run kept of itself goes too."""
-        for name in ("best.pt", "guide.pt"):
+        for name in (checkpoint.BEST, checkpoint.GUIDE):
             (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -36,7 +36,9 @@ def parse_args(argv=None):
         "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
     )
     parser.add_argument("--out", type=cli.path, default="grid.png", help="the grid, a PNG: one class per row")
-    parser.add_argument("--npz", type=cli.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]")
+    parser.add_argument(
+        "--npz", type=cli.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
+    )
     parser.add_argument("--num_images", type=cli.count, default=100, help="images in all")
     parser.add_argument(
         "--batch_size", type=cli.count, default=100, help="images at a time; moves nothing but, on a GPU, roundings"

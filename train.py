@@ -62,8 +62,8 @@ PRESETS = {
 }
 # Two steps can follow one another only if these stay as they were.
 FIXED = (
-    "teacher", "dataset", "batch_size", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps", "sigma_min",
-    "sigma_max",
+    "teacher", "guide", "dataset", "batch_size", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
+    "sigma_min", "sigma_max",
 )
 
 
@@ -113,6 +113,8 @@ def parse_args(argv=None):
     cli.add_guidance(parser, "real_unet")
     cli.add_dataset(parser, "the GAN's real images, by default the teacher's", dataset=None, data_dir=None)
     args, state = cli.parse_training(parser, "student", PRESETS, argv, FIXED)
+    if args.guide and args.autoguidance_scale == 1 and state is None:
+        parser.error("--guide needs an --autoguidance_scale other than 1")
     if state is None:
         args.teacher = cli.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
     if args.f_div != "rkl" and not args.gen_cls_loss_weight:
@@ -195,7 +197,7 @@ def main(argv=None):
     label_dropout = source.get("label_dropout", 0.0)
     del source, state                               # several times the size of the network
 
-    run = runtime.RunFolder(args.run_dir, step, fresh, args.found)
+    run = runtime.RunFolder(args.run_dir, step, fresh, args.stamp)
     stop = runtime.StopSignal(args.max_minutes)
 
     def save(name=checkpoint.NAME, ema=emas[0]):
@@ -252,7 +254,7 @@ def main(argv=None):
             values, better = validation.compare(emas, draw, best, step)
         run.scalars(step, values)
         if better:
-            save("best.pt", better)
+            save(checkpoint.BEST, better)
         save()
 
     def due():
@@ -288,13 +290,14 @@ def main(argv=None):
         if gan and args.flip:
             x_real = data.random_flip(x_real, rng)
         with runtime.autocast(device, args.precision):
-            losses, _ = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
+            losses, log = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         distributed.average_gradients(guidance_parameters)
         fake_grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
         guidance_optimizer.step(lr_factor)
         guidance_optimizer.zero_grad()
-        meter.add(step, **losses, fake_grad_norm=fake_grad_norm)
+        logits = {name: value for name, value in log.items() if value.ndim == 0}
+        meter.add(step, **losses, **logits, fake_grad_norm=fake_grad_norm)
         step += 1
         bar.update()
 

@@ -108,7 +108,7 @@ def main(argv=None):
         best = dict(distance=math.inf, step=0, of=validation.of)
     batches = data.Batches(dataset, args.batch_size, args.seed, device, distributed.RANK, distributed.WORLD)
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
-    run = runtime.RunFolder(args.run_dir, step, fresh, args.found)
+    run = runtime.RunFolder(args.run_dir, step, fresh, args.stamp)
     stop = runtime.StopSignal(args.max_minutes)
 
     def teacher(ema=emas[0]):
@@ -152,7 +152,7 @@ def main(argv=None):
             values, better = validation.compare(emas, draw, best, step)
         run.scalars(step, values)
         if better:
-            save("best.pt", better)
+            save(checkpoint.BEST, better)
         save()
 
     def due():
@@ -203,10 +203,10 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
+            if step == math.ceil(args.guide_at * args.steps):      # before save(): no resume comes by here again
+                checkpoint.save(run.path / checkpoint.GUIDE, teacher())
             if step % args.save_every == 0 or step == args.steps or due():
                 save()                              # before a measurement, too: what ends that must not cost steps
-            if step == math.ceil(args.guide_at * args.steps):
-                checkpoint.save(run.path / checkpoint.GUIDE, teacher())
             if due():
                 measure()
     if step < args.steps:

@@ -104,6 +104,13 @@ def test_a_cut_image_of_any_kind_is_named(tmp_path, kind):
         data.read_image(path)
 
 
+def test_a_class_may_be_called_as_a_split_is(tmp_path):
+    tree = image_tree(tmp_path / "tree", classes=("bicycle", "test", "train"))      # CIFAR-100 has trains
+    assert data.load("folder", tree).classes == ["bicycle", "test", "train"]
+    with pytest.raises(data.DataError, match="has no folder test"):
+        data.load("folder", tree, "test")
+
+
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(data.DataError, match="has no folder test"):
         data.load("folder", image_tree(tmp_path / "no_split"), "test")

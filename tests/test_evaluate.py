@@ -213,6 +213,15 @@ def test_a_damaged_cache_is_made_anew(drawn, extractor, tmp_path):
     assert len(other["features"]) == N and len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_was_measured_is_not_lost_with_the_cache(drawn, extractor, tmp_path, capsys):
+    images, place = drawn[0][:64], tmp_path / "cache"
+    kept = metrics.reference(images, extractor, place)
+    (tmp_path / "file").write_text("not a folder")
+    real = metrics.reference(images, extractor, tmp_path / "file")
+    assert torch.equal(real["features"], kept["features"]) and f"--cache_dir {tmp_path}/file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
 def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_path, flags):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.json")
     tiny = ["--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
@@ -316,6 +325,9 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
     np.savez(tmp_path / "shape.npz", np.zeros((3000, 32, 32), np.uint8))
     np.savez(tmp_path / "pickle.npz", np.array([{}], dtype=object))
     enough = write_npz(tmp_path / "enough.npz", drawn[0][:N])
+    np.savez(tmp_path / "names.npz", drawn[0][:N].permute(0, 2, 3, 1).numpy(), np.array(["cat"] * N))
+    fixed = torch.export.export(nn.Flatten(), (torch.zeros(4, 3, 32, 32, dtype=torch.uint8),))
+    torch.export.save(fixed, tmp_path / "fixed.pt2")                # for batches of 4 alone
     wide = export(tmp_path / "wide.pt2", nn.Conv2d(3, 1, 3), torch.zeros(4, 3, 32, 32))
     evil = smuggle(tmp_path / "evil.pt2", features, "sample_inputs")
     shapes_flag, basic = ["--dataset", "shapes"], flags[2:]
@@ -330,7 +342,9 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
         (["--npz", enough, *shapes_flag, "--repeats", "2", *flags], "--repeats"),
         (["--npz", str(tmp_path / "shape.npz"), *shapes_flag, *flags], "shape.npz"),
         (["--npz", str(tmp_path / "pickle.npz"), *shapes_flag, *flags], "pickle.npz"),
+        (["--npz", str(tmp_path / "names.npz"), *shapes_flag, *flags], "names.npz"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", "no.pt2"], "no.pt2"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", str(tmp_path / "fixed.pt2")], "fixed.pt2"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", few], "few.npz"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", wide], "wide.pt2"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", evil], "evil.pt2"),
@@ -434,6 +448,23 @@ def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tm
         one, two = checkpoint.load(straight / name), checkpoint.load(killed / name)
         assert one["best"] == two["best"] and one["step"] == two["step"]
         assert all(torch.equal(one["model_ema"][key], two["model_ema"][key]) for key in one["model_ema"])
+
+
+def test_a_student_of_a_teacher_that_names_no_images_can_be_measured_later(tmp_path, tree, features, capsys):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "1") == 0
+    slim = tmp_path / "slim.pt"
+    checkpoint.save(slim, checkpoint.slim(checkpoint.load(a)))
+    assert call(train, "--teacher", str(slim), "--run_dir", b, "--steps", "1", *TINY) == 0
+    measured = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features]
+    measured += ["--cache_dir", str(tmp_path / "cache")]
+    images = ["--dataset", "folder", "--data_dir", tree]
+    assert call(train, "--run_dir", b, "--resume", "--steps", "2", *measured) == 2
+    assert "give --dataset" in capsys.readouterr().err
+    assert call(train, "--run_dir", b, "--resume", "--steps", "2", *measured, *images) == 0
+    assert "fd@64" in Path(b, "log.jsonl").read_text()
+    assert call(train, "--run_dir", b, "--resume", "--steps", "3", "--dataset", "shapes") == 2
+    assert "differs" in capsys.readouterr().err
 
 
 def test_the_held_out_loss_is_the_weighted_squared_error():

@@ -55,18 +55,6 @@ def test_a_step_against_the_gradient_moves_towards_the_real_data():
     assert x_gen.grad.mean() < 0                    # so descent raises x_gen, from 0 towards 0.5
 
 
-def test_backward_simulation_keeps_every_gradient_in_bf16():
-    # Autocast caches its copies of the weights: those made under no_grad must not serve the steps with gradient.
-    model = UnifiedModel(small_net(), 80.0, 2)
-    for step in range(8):                           # both numbers of steps are drawn
-        rng = StepRandom(0, step)
-        with torch.autocast("cpu", torch.bfloat16):
-            x_gen = model.generate(rng.normal(4, 3, 32, 32), LABELS, rng)
-        x_gen.float().square().mean().backward()
-        assert all(p.grad is not None and p.grad.any() for p in model.feedforward_model.parameters())
-        model.feedforward_model.zero_grad(set_to_none=True)
-
-
 def test_several_steps_draw_their_own_noise_where_none_is_given():
     model, z = UnifiedModel(small_net(), 80.0, 3), torch.randn(4, 3, 32, 32)
     images = [model.generate(z, LABELS) for _ in range(8)]          # of one, two and three steps

@@ -1,5 +1,6 @@
 """The scripts as a user calls them: a smoke run through all, exact resume, stop signals, and wrong calls."""
 
+import argparse
 import json
 import os
 import re
@@ -244,7 +245,7 @@ def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher
     assert call(train, *flags, *gan, "--overwrite") == 0
     assert asked == [("folder", tree, "train")]
     rows = [json.loads(line) for line in read(f"{tmp_path}/b/log.jsonl").splitlines()]
-    assert {"loss_dm", "gen_cls_loss", "loss_fake", "cls_loss"} <= set(rows[0])
+    assert {"loss_dm", "gen_cls_loss", "loss_fake", "cls_loss", "logit_fake", "logit_real"} <= set(rows[0])
     state = checkpoint.load(f"{tmp_path}/b")
     head = [name for name in state["model"] if "cls_head" in name]
     parameters = checkpoint.load(teacher)["model_ema"]              # fake_unet and its head share one optimizer
@@ -347,12 +348,30 @@ def test_an_early_teacher_guides_the_later_one_from_training_to_samples(tmp_path
         (train, ["--teacher", a, "--run_dir", f"{tmp_path}/e", "--steps", "1", *auto, *TINY], "guide.pt"),
         (train, [*flags, "--run_dir", f"{tmp_path}/e", "--guide", other], "classes of --guide"),
         (train, ["--run_dir", f"{tmp_path}/d", "--resume", *auto], "resumed run"),
+        (train, ["--run_dir", b, "--resume", "--guide", other], "--guide"),
         (sample, ["--checkpoint", b, *auto, *paths], "--autoguidance_scale is for teachers"),
         (sample, ["--checkpoint", a, "--guide", other, *paths], "--guide needs"),
     ):
         capsys.readouterr()
         assert call(script, *argv) == 2 and said in capsys.readouterr().err, argv
     assert not (tmp_path / "e").exists()
+
+
+def test_a_disk_that_fills_up_where_the_guide_is_kept_costs_no_guide(tmp_path, tree, capsys, monkeypatch):
+    saves, save = [], checkpoint.save
+
+    def second_fails(path, state):
+        if saves and saves[-1] == state["step"] == 3:
+            raise OSError(28, "No space left on device")
+        saves.append(state["step"])
+        save(path, state)
+
+    flags = ["--run_dir", str(tmp_path / "a"), *teacher_flags(tree)]
+    monkeypatch.setattr(checkpoint, "save", second_fails)
+    assert call(train0, *flags, "--steps", "6", "--save_every", "3", "--guide_at", "0.5") == 1
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert call(train0, *flags, "--resume") == 0
+    assert checkpoint.load(tmp_path / "a" / "guide.pt")["step"] == 3
 
 
 def test_classes_of_unequal_size_are_said(tmp_path, tree, capsys):
@@ -398,6 +417,14 @@ def test_a_finished_run_resumes_to_nothing_and_can_be_prolonged(tmp_path, tree):
     assert checkpoint.load(run)["step"] == 2
     assert call(train0, "--run_dir", run, "--resume", "--device", "cpu", "--steps", "3") == 0
     assert checkpoint.load(run)["step"] == 3 and checkpoint.load(run)["settings"]["channels"] == 8
+
+
+def test_the_folder_of_other_images_is_not_taken_over():
+    known = dict(settings=dict(dataset="folder", data_dir="mine"))
+    for asked, wanted in ((None, ("folder", "mine")), ("folder", ("folder", "mine")), ("cifar10", ("cifar10", "data"))):
+        args = argparse.Namespace(dataset=asked, data_dir=None)
+        cli.name_dataset(args, known)
+        assert (args.dataset, args.data_dir) == wanted
 
 
 def test_max_minutes_saves_and_stops(tmp_path, tree):
@@ -607,6 +634,7 @@ WRONG = [
     (train, ["--teacher", "{tree}/cat/0.png"], "0.png is not a checkpoint"),
     (train, ["--teacher", "{cut}"], "cut.pt"),
     (train, ["--teacher", "{teacher}", "--device", "cuda:99"], "--device"),
+    (train, ["--teacher", "{teacher}", "--guide", "{teacher}"], "--guide needs"),
     (train, ["--preset", "nothing"], "unknown preset"),
     (train, ["--run_dir", "{tree}/cat/0.png"], "is a file"),
     (train, ["--teacher", "{teacher}", "--run_dir", "{teacher}", "--overwrite"], "teacher's own folder"),
@@ -686,13 +714,14 @@ def test_help_states_every_default(script, capsys):
     assert exit_info.value.code == 0
     entries = re.split(r"\n  (?=--)", out.split("options:")[1])[1:]
     assert {"--seed", "--device"} <= {entry.split()[0] for entry in entries}
-    assert [entry for entry in entries if "(default: " not in " ".join(entry.split())] == []
+    assert "(default: None)" not in out
+    assert [entry for entry in entries if "default: " not in " ".join(entry.lower().split())] == []
 
 
 def test_imports_run_one_way():
     order = [
         "train0 train sample evaluate benchmark shapes_features", "cli", "metrics",
-        "sampling unified_model", "guidance checkpoint runtime records", "data",
+        "sampling unified_model", "guidance runtime", "checkpoint records", "data",
         "model diffusion optimizers randomness shapes distributed",
     ]
     rank = {name: i for i, names in enumerate(order) for name in names.split()}
