@@ -137,8 +137,6 @@ STATED = [
           ("one-step sampling", "sample_one_step"), ("Heun sampling, 35 evaluations", "sample_heun"))],
     ("took {:.0f} ms in float32 and {:.0f} ms in bf16 and channels_last", "benchmark", [
         f"modes/{mode}/teacher_step/ms" for mode in MODES[:2]]),
-    ("one batch took {:.0f} ms in one step and {:.0f} ms in 35", "benchmark", [
-        f"modes/bf16/sample_{way}/ms" for way in ("one_step", "heun")]),
     ("One-step sampling makes {:.1f}, {:.1f} and {:.1f} times as many", "benchmark", [
         f"ratios/{mode}/one_step_to_heun_images" for mode in MODES]),
     ("A guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
