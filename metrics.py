@@ -182,6 +182,7 @@ def reference(images, extractor, cache_dir):
         os.replace(temporary, path)
     except OSError as error:                        # what was measured is worth more than its copy for the next time
         print(f"note: cannot keep the features in --cache_dir {cache_dir}: {error.strerror}", file=sys.stderr)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return real
