@@ -22,10 +22,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 import checkpoint
 import data
 import evaluate
+import features as features_script
 import metrics
 import runtime
 import shapes
-import shapes_features
 import train
 import train0
 
@@ -364,14 +364,38 @@ def unreachable(*args, **kwargs):
     raise OSError("no network")
 
 
-def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsys):
+def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(features_script, "SHAPES_IMAGES", 1500)
     out = str(tmp_path / "shapes.pt2")
-    assert call(shapes_features, "--num_images", "1500", "--epochs", "3", "--out", out) == 0
-    accuracy = float(capsys.readouterr().out.split(": ")[1].split(" %")[0])
-    assert accuracy > 60                            # of ten classes, after 45 steps
+    assert call(features_script, "--dataset", "shapes", "--device", "cpu", "--epochs", "3", "--out", out) == 0
+    path, accuracy = capsys.readouterr().out.splitlines()
+    assert path == out and float(accuracy.split(" % of 5000")[0]) > 60              # of ten classes, after 45 steps
     extractor = metrics.exported(out, torch.device("cpu"))
     features, logits = extractor(torch.from_numpy(shapes.draw(30, 3)[0]))
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
+
+
+def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys):
+    """Bright and dark images, which must come out as what they are, mirrored and shifted as they were."""
+    def write(folder, split, seed):
+        rng = np.random.default_rng(seed)
+        for level, name in ((60, "dark"), (190, "light"), (125, "middle")):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i in range(100):
+                pixels = level + rng.integers(-20, 20, (32, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+
+    write(tmp_path / "data", "train", 0)
+    out = str(tmp_path / "folder.pt2")
+    argv = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--epochs", "8"]
+    assert call(features_script, *argv, "--out", out) == 0
+    assert capsys.readouterr().out.splitlines() == [out]                            # there are no test images
+    write(tmp_path / "data", "test", 1)
+    test = data.load("folder", str(tmp_path / "data"), "test")
+    features, logits = metrics.exported(out, torch.device("cpu"))(test.images)
+    assert features.shape == (300, 512) and logits.shape == (300, 3)
+    assert (logits.argmax(1) == test.labels).double().mean() > 0.9
 
 
 def test_training_measures_itself_and_keeps_the_best_step_of_the_best_average(tmp_path, tree, features):

@@ -18,15 +18,15 @@ import benchmark
 import cli
 import data
 import evaluate
+import features as features_script
 import records
 import sample
-import shapes_features
 import train
 import train0
 
 RUNS_PER_FLAG = int(os.environ.get("DMD2_RUNS_PER_FLAG", 0))
 SCRIPTS = {
-    script.__name__: script for script in (train0, train, sample, evaluate, benchmark, shapes_features)
+    script.__name__: script for script in (train0, train, sample, evaluate, benchmark, features_script)
 }
 HOSTILE = (
     "nan", "inf", "-inf", "-1", "0", "-0.0", "1", "0.5", "1e-320", "1e300", "1e999", "1.5.", "1,5", "0x10", "1_0", "",
@@ -84,7 +84,7 @@ def place(tmp_path_factory, tree, features):
             "1024", *measured, "--dataset", "shapes",
         ],
         benchmark=["--channels", "8", "--batch_size", "2", "--repeats", "3", "--modes", "fp32", "--device", "cpu"],
-        shapes_features=["--num_images", "1000", "--epochs", "1"],
+        features=[*drawn, "--device", "cpu", "--epochs", "1"],
     )
     return folder, base
 

@@ -23,6 +23,7 @@ import checkpoint
 import cli
 import diffusion
 import evaluate
+import features
 import runtime
 import sample
 import train
@@ -706,7 +707,7 @@ def test_weights_of_another_width_than_the_checkpoint_says_are_one_line(tmp_path
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-@pytest.mark.parametrize("script", [train0, train, sample, evaluate, benchmark])
+@pytest.mark.parametrize("script", [train0, train, sample, evaluate, benchmark, features])
 def test_help_states_every_default(script, capsys):
     with pytest.raises(SystemExit) as exit_info:
         script.main(["--help"])
@@ -720,7 +721,7 @@ def test_help_states_every_default(script, capsys):
 
 def test_imports_run_one_way():
     order = [
-        "train0 train sample evaluate benchmark shapes_features", "cli", "metrics",
+        "train0 train sample evaluate benchmark features", "cli", "metrics",
         "sampling unified_model", "guidance runtime", "checkpoint records", "data",
         "model diffusion optimizers randomness shapes distributed",
     ]

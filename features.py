@@ -1,0 +1,138 @@
+"""A feature network of your own for evaluate.py, in place of Inception: a classifier of a dataset, by torch.export.
+
+    python features.py --dataset shapes                         # half a minute on a CPU; into features.pt2
+    python features.py --dataset cifar10 --out cifar10.pt2      # of photographs, minutes
+    python evaluate.py --checkpoint runs/demo/dmd2 --feature_extractor features.pt2
+
+Distances in its features compare runs on this dataset with one another and mean nothing beside FID. For `shapes` it
+learns from fresh images, for other datasets from those that teacher and student learn from.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import cli
+import data
+import metrics
+import records
+import runtime
+import shapes
+
+SHAPES_IMAGES = 20_000
+SHAPES_TRAIN, SHAPES_TEST = 101, 102                # seeds; data.py draws its two splits from 0 and 1
+BATCH_SIZE = 100
+
+
+class Classifier(nn.Module):
+    """uint8 [N, 3, 32, 32] -> features [N, D], logits [N, classes]; body: float images in [-1, 1] -> features."""
+
+    def __init__(self, body, width, classes):
+        super().__init__()
+        self.body, self.out = body, nn.Linear(width, classes)
+
+    def forward(self, images):
+        features = self.body(data.to_float(images))
+        return features, self.out(features)
+
+
+def small_body():
+    """128 features: enough for flat figures."""
+    def stage(c_in, c_out):                         # halves the resolution
+        return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()
+
+    return nn.Sequential(
+        *stage(3, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), nn.Linear(128 * 4 * 4, 128), nn.ReLU()
+    )
+
+
+def resnet_body():
+    """512 features: torchvision's ResNet-18, but that its first convolution leaves 32 pixels as they are."""
+    net = resnet18()
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    return nn.Sequential(*list(net.children())[:-1], nn.Flatten())
+
+
+def shifted(images):
+    """Moved by up to 4 pixels, all alike, their edges mirrored outwards."""
+    return v2.RandomCrop(data.IMAGE_SIZE)(F.pad(images, (4, 4, 4, 4), mode="reflect"))
+
+
+def train(net, dataset, args, device):
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    photographs = args.dataset != "shapes"
+    forward = torch.compile(net) if args.compile else net
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    steps = args.epochs * math.ceil(len(images) / BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if photographs else 1)
+    bar = tqdm(total=steps, unit="step")
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(images)).split(BATCH_SIZE):
+            batch = images[rows].float()                                            # [B, 3, 32, 32]
+            if photographs:
+                batch = shifted(batch)
+            if photographs and args.flip:
+                batch = torch.where(torch.rand(len(rows), 1, 1, 1, device=device) < 0.5, batch.flip(-1), batch)
+            noise = 12 * torch.randn_like(batch)                                    # of 255: what samples have too
+            with runtime.autocast(device, args.precision if photographs else "fp32"):
+                logits = forward((batch + noise).clamp(0, 255))[1]
+            loss = F.cross_entropy(logits.float(), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+    bar.close()
+
+
+def read(args, split):
+    """A split of the dataset; of `shapes` images that no other script has seen."""
+    if args.dataset != "shapes":
+        return data.load(args.dataset, args.data_dir, split)
+    n, seed = (SHAPES_IMAGES, SHAPES_TRAIN) if split == "train" else (5000, SHAPES_TEST)
+    images, labels = (torch.from_numpy(array) for array in shapes.draw(n, seed + 1000 * args.seed))
+    return data.Dataset(images, labels, shapes.CLASSES)
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Train and save a feature network for the images of a dataset.")
+    cli.add_common(parser)
+    cli.add_dataset(parser, "images to learn from")
+    parser.add_argument("--epochs", type=cli.count, help="passes over them; default: 3 for shapes, 6 for others")
+    parser.add_argument("--out", type=cli.path, default="features.pt2", help="the network, for evaluate.py")
+    args = parser.parse_args(argv)
+    args.epochs = args.epochs or (3 if args.dataset == "shapes" else 6)
+    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir() or not cli.writable(args.out):
+        parser.error(f"cannot write {args.out}: it is a folder, or its folder is not there or not writable")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = cli.device(args)
+    dataset = read(args, "train")
+    torch.manual_seed(args.seed)
+    shape = (small_body(), 128) if args.dataset == "shapes" else (resnet_body(), 512)
+    net = Classifier(*shape, len(dataset.classes)).to(device)
+    train(net, dataset, args, device)
+    net = net.cpu().eval()
+    example, batch = torch.zeros(4, *dataset.images.shape[1:], dtype=torch.uint8), torch.export.Dim("batch", min=1)
+    program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
+    records.write(args.out, lambda file: torch.export.save(program, file))
+    print(args.out)
+    try:
+        test = read(args, "test")
+    except data.DataError:                          # a folder without one
+        return
+    _, logits = metrics.exported(args.out, device)(test.images)
+    print(f"{100 * (logits.argmax(1) == test.labels).double().mean():.2f} % of {len(test.images)} test images right")
+
+
+if __name__ == "__main__":
+    cli.run(main)
