@@ -83,6 +83,15 @@ STATED = [
         ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make_teacher_5000"),
         ("the same, guided and autoguided", 55, "", "", "make_guided_teacher_5000"),
         ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/in one go/student", "make_student_5000"))],
+    *[(f"| {title} | {nfe} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg_resnet_calibration_test", [
+        f"cifar10_jpeg_resnet_{file}#{place}" for place in (
+            "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
+      for title, nfe, file in (
+          ("teacher, shipped, not guided", 35, "teacher"), ("the same, guided", 45, "guided_teacher"),
+          ("student, shipped", 1, "student"), ("student, of `make cifar10`", 1, "make_student"))],
+    ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
+     "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
+        "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
     ("took {:.1f} minutes with installing and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
     ("5,000 images have at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %", "cifar10_jpeg_muon_teacher", [
         "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"]),
@@ -181,7 +190,8 @@ SETTINGS = """
     recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images); 2,048 images);
     after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps;
     (5,000 images); in 9,000 of its own; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
-    after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run
+    after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run;
+    The same 5,000 images of each network
 """
 
 
