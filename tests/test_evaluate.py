@@ -376,27 +376,30 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
 
 
 def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys):
-    """Bright and dark images, which must come out as what they are, mirrored and shifted as they were."""
-    def write(folder, split, seed):
+    """Images brighter on the left or on the right, which nothing tells apart that is shown them mirrored."""
+    def write(split, seed):
         rng = np.random.default_rng(seed)
-        for level, name in ((60, "dark"), (190, "light"), (125, "middle")):
-            place = folder / split / name
+        for shade, name in ((-60, "left"), (60, "right")):
+            place = tmp_path / "data" / split / name
             place.mkdir(parents=True)
             for i in range(100):
-                pixels = level + rng.integers(-20, 20, (32, 32, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+                pixels = 120 + np.linspace(-shade, shade, 32)[:, None] + rng.integers(-20, 20, (32, 32, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{i}.png")
 
-    write(tmp_path / "data", "train", 0)
+    write("train", 0)
     out = str(tmp_path / "folder.pt2")
-    argv = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--epochs", "8"]
-    assert call(features_script, *argv, "--out", out) == 0
+    argv = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--out", out, "--flip"]
+    assert call(features_script, *argv, "0", "--epochs", "12") == 0
     path, unknown = capsys.readouterr().out.splitlines()
     assert path == out and "accuracy unknown: " in unknown and "no folder test" in unknown
-    write(tmp_path / "data", "test", 1)
+    write("test", 1)
     test = data.load("folder", str(tmp_path / "data"), "test")
     features, logits = metrics.exported(out, torch.device("cpu"))(test.images)
-    assert features.shape == (300, 256) and logits.shape == (300, 3)
+    assert features.shape == (200, 256) and logits.shape == (200, 2)
     assert (logits.argmax(1) == test.labels).double().mean() > 0.9
+    assert call(features_script, *argv, "1", "--epochs", "3") == 0
+    path, accuracy = capsys.readouterr().out.splitlines()
+    assert float(accuracy.split(" % of 200")[0]) < 75
 
 
 def test_training_measures_itself_and_keeps_the_best_step_of_the_best_average(tmp_path, tree, features):
