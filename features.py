@@ -1,7 +1,7 @@
 """A feature network of your own for evaluate.py, in place of Inception: a classifier of a dataset, by torch.export.
 
     python features.py --dataset shapes                         # half a minute on a CPU; into features.pt2
-    python features.py --dataset cifar10 --out cifar10.pt2      # of photographs, minutes
+    python features.py --dataset cifar10 --out cifar10.pt2      # of photographs, a quarter of an hour
     python evaluate.py --checkpoint runs/demo/dmd2 --feature_extractor features.pt2
 
 Distances in its features compare runs on this dataset with one another and mean nothing beside FID. For `shapes` it
@@ -25,6 +25,7 @@ import records
 import runtime
 import shapes
 from optimizers import Optimizer
+from randomness import StepRandom
 
 SHAPES_IMAGES = 20_000
 SHAPES_TRAIN, SHAPES_TEST = 101, 102                # seeds; data.py draws its two splits from 0 and 1
@@ -60,11 +61,6 @@ def resnet_body():
     return nn.Sequential(*list(net.children())[:-3], nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def shifted(images):
-    """Moved by up to 4 pixels, all alike, their edges mirrored outwards."""
-    return v2.RandomCrop(data.IMAGE_SIZE)(F.pad(images, (4, 4, 4, 4), mode="reflect"))
-
-
 def train(net, dataset, args, device):
     images, labels = dataset.images.to(device), dataset.labels.to(device)
     forward = torch.compile(net) if args.compile else net
@@ -81,9 +77,9 @@ def train(net, dataset, args, device):
         if figures:
             x = (x + 12 * torch.randn_like(x)).clamp(0, 255)                        # of 255: what samples have too
         else:
-            x = shifted(x)
+            x = v2.RandomCrop(data.IMAGE_SIZE, padding=4, padding_mode="reflect")(x)        # all of a batch alike
             if args.flip:
-                x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
+                x = data.random_flip(x, StepRandom(args.seed, step, device))
         with runtime.autocast(device, precision):
             logits = forward(x)[1]
         loss = F.cross_entropy(logits.float(), labels[batch])
