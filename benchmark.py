@@ -4,9 +4,9 @@
     python benchmark.py --channels 32 --batch_size 32 --modes fp32 bf16
 
 Times, each in float32 eager (contiguous, no TF32), bf16 (channels_last) and bf16 compiled:
-    teacher_step     forward, backward, Adam and EMA of train0.py
-    generator_turn   of train.py: generate, DM loss, backward, Adam and EMA
-    guidance_turn    of train.py: generate without gradient, fake loss, backward, Adam
+    teacher_step     forward, backward, optimizer and EMA of train0.py
+    generator_turn   of train.py: generate, DM loss, backward, optimizer and EMA
+    guidance_turn    of train.py: generate without gradient, fake loss, backward, optimizer
     guidance_floor   the least a guidance turn could take: one generator forward and one training step of fake_unet
     loop             what a step does beside its networks: random numbers, a batch of the dataset, the meter, and a line
                      to TensorBoard and log.jsonl, which the scripts write every --log_every steps only
@@ -36,6 +36,7 @@ import diffusion
 import records
 import runtime
 from model import SimpleUNet
+from optimizers import Optimizer
 from randomness import StepRandom
 from unified_model import UnifiedModel
 
@@ -49,6 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument("--channels", type=cli.number(int, 8), default=64, help="of the first level, a multiple of 8")
     parser.add_argument("--batch_size", type=cli.count, default=64, help="images per step")
+    parser.add_argument("--optimizer", choices=["adam", "muon"], default="adam", help="as in the training scripts")
     parser.add_argument("--repeats", type=cli.number(int, 3), default=7, help="timed runs of each part in each mode")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="which to time")
     parser.add_argument("--out", type=cli.path, default="results/benchmark.json", help="the JSON")
@@ -73,7 +75,8 @@ def parts(args, device, mode, run=None):
     generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
     sampled = copy.deepcopy(teacher).eval().requires_grad_(False)                   # as checkpoint.ema_model gives it
     trained = (teacher, generator, fake_unet)
-    optimizers = {net: torch.optim.Adam(net.parameters(), lr=1e-6, fused=True) for net in trained}
+    bf16 = runtime.uses_bf16(device, precision)
+    optimizers = {net: Optimizer(args.optimizer, {net: 1e-6}, bf16) for net in trained}
     emas = {net: checkpoint.EMA(net, 0.999) for net in (teacher, generator)}
     if compiled:
         torch._dynamo.config.recompile_limit = 32   # they all share one forward, each with and without gradient
@@ -92,7 +95,7 @@ def parts(args, device, mode, run=None):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
         optimizers[net].step()
-        optimizers[net].zero_grad(set_to_none=True)
+        optimizers[net].zero_grad()
         if net in emas:
             emas[net].update_parameters(net)
 
@@ -219,7 +222,8 @@ def main(argv=None):
     device = cli.device(args)
     start = time.perf_counter()
     folder = tempfile.TemporaryDirectory()
-    run = runtime.RunFolder(folder.name, 0, True, None)
+    run = runtime.RunFolder(folder.name, None)
+    run.begin(0, True)
     functions = {mode: parts(args, device, mode, run) for mode in args.modes}
     names = list(functions[args.modes[0]])
     flops = {}

@@ -89,8 +89,6 @@ def load(path, kind=None):
         raise CheckpointError(f"{file} is damaged: checksum of {damaged} does not match")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a checkpoint of this project ({FORMAT})")
-    if "conditioning_sigma" in state:               # a student saved before there were several steps
-        state.setdefault("denoising_sigmas", [state["conditioning_sigma"]])
     if state.get("kind") not in list(KINDS) or any(key not in state for key in KINDS[state["kind"]]):
         raise CheckpointError(f"{file} is incomplete")
     if not consistent(state):
@@ -175,6 +173,6 @@ class EMAs(torch.nn.ModuleList):
 
     def load(self, state):
         """Take the averages from a checkpoint; one of a decay that it does not have goes on from its first."""
-        kept = state["emas"] if "emas" in state else {None: state["ema"]}           # None: before there were several
+        kept = state["emas"]
         for ema in self:
             ema.load_state_dict(kept.get(ema.decay, next(iter(kept.values()))))

@@ -20,7 +20,7 @@ import distributed
 from checkpoint import CheckpointError
 from data import DATASETS, DataError
 from distributed import OutOfStepError
-from runtime import NonFiniteError, RunInUseError, pick_device, stamp
+from runtime import LOG, NonFiniteError, RunInUseError, pick_device, stamp
 
 
 class UsageError(Exception):
@@ -162,7 +162,10 @@ def add_dataset(parser, title, dataset="cifar10", data_dir="data", flip=True):
         help=f"where cifar10 is, or is downloaded to; or the folder{otherwise}",
     )
     if flip:
-        group.add_argument("--flip", type=number(int, 0, 1), default=1, help="1: mirror half of the images, 0: none")
+        group.add_argument(
+            "--flip", type=number(int, 0, 1), default=1 if dataset else None,
+            help=f"1: mirror half of the images, 0: none{otherwise}",
+        )
 
 
 def add_guidance(parser, whose):
@@ -223,7 +226,7 @@ def or_shipped(path, default, name):
     return str(shipped)
 
 
-SESSION_FLAGS = ("stamp", "run_dir", "device", "compile", "max_minutes", "resume", "overwrite", "preset")
+SESSION_FLAGS = ("stamp", "run_dir", "device", "max_minutes", "resume", "overwrite", "preset")
 
 
 def settings(args):
@@ -248,6 +251,9 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
     defaults = presets.get(args.preset, {})
     seen = stamp(args.run_dir)                      # before it is read
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
+    left = [name for name in (checkpoint.BEST, checkpoint.GUIDE, LOG) if (Path(args.run_dir) / name).exists()]
+    if left and not found and not args.overwrite:   # a new run would take them away
+        raise UsageError(f"{args.run_dir} holds {left[0]} but no {checkpoint.NAME}: --overwrite starts anew in it")
     if found and not args.resume and not args.overwrite:
         raise UsageError(f"{args.run_dir} holds a run already: give --resume, --overwrite, or another --run_dir")
     if args.resume and args.overwrite:
@@ -261,9 +267,7 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         state = checkpoint.load(found, kind=kind)
         if "settings" not in state:
             raise CheckpointError(f"{found} holds weights only: nothing to resume")
-        # What a later version added to the preset is not the run's: of it, only what belongs to this session.
-        session = {name: value for name, value in defaults.items() if name in SESSION_FLAGS}
-        defaults = dict(state["settings"], **session)
+        defaults = state["settings"]                # not the preset's, which a later version may have changed
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.sigma_min >= args.sigma_max:
@@ -280,11 +284,13 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
 
 
 def name_dataset(args, state):
-    """Fill in --dataset and --data_dir, where they are not given, with what the checkpoint's network was trained on."""
+    """Fill in the flags of add_dataset, where they are not given, with what the checkpoint's network was trained on."""
     known = state.get("settings", {}) if state else {}
     args.dataset = args.dataset or known.get("dataset")
-    place = known.get("data_dir") if args.dataset == known.get("dataset") else None
-    args.data_dir = args.data_dir or place or "data"
+    known = known if args.dataset == known.get("dataset") else {}
+    args.data_dir = args.data_dir or known.get("data_dir") or "data"
+    if getattr(args, "flip", 1) is None:
+        args.flip = known.get("flip", 1)
 
 
 def dataset(args, state=None, split="train"):

@@ -19,7 +19,7 @@ def karras_sigmas(num_steps=NUM_TRAIN_TIMESTEPS, sigma_min=SIGMA_MIN, sigma_max=
     if num_steps < 1 or not 0 < sigma_min <= sigma_max:
         got = f"{num_steps}, {sigma_min}, {sigma_max}"
         raise ValueError(f"need num_steps >= 1 and 0 < sigma_min <= sigma_max, got {got}")
-    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64).flip(0) if num_steps > 1 else torch.zeros(1).double()
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64).flip(0)
     # sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 

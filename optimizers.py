@@ -99,6 +99,5 @@ class Optimizer:
 
     def load_state_dict(self, state):
         """Raises KeyError or ValueError if it is that of other networks or of another optimizer."""
-        state = dict(adam=state) if "param_groups" in state else state              # before there was a choice
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

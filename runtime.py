@@ -21,6 +21,7 @@ import checkpoint
 import distributed
 from data import to_uint8
 
+LOG = "log.jsonl"
 GRID_ROWS = 16                                      # classes shown in the grids of a run
 
 
@@ -32,6 +33,8 @@ def pick_device(name, precision="auto"):
     Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and of cuDNN's
     algorithms only those that give the same result each time, which an exact resume needs. On a GPU it may not be
     enough for one: what --compile makes of an embedding's backward adds with atomics, in no fixed order.
+    Attention takes the plain products for the same reason: the fused kernels' backward need not repeat itself, and 16
+    tokens gain nothing by them.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +54,8 @@ def pick_device(name, precision="auto"):
         raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
     allow_tf32(precision != "fp32")
     torch.backends.cudnn.deterministic = True
+    for fused in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
     return device
 
 
@@ -201,17 +206,15 @@ class RunFolder:
     """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png; of several processes one writes.
 
     Args:
-        start_step: of the checkpoint that the run goes on from; what was logged later is taken back.
-        fresh: whether the logs start anew.
-        known: stamp() of the folder at the time when that was decided.
+        known: stamp() of the folder at the time when it was decided how to go on from it.
 
     Raises:
         RunInUseError: another process is at work on this folder, or was since.
         OSError: the folder cannot be made or written.
     """
 
-    def __init__(self, path, start_step, fresh, known):
-        self.path, self.start_step = Path(path), start_step
+    def __init__(self, path, known):
+        self.path = Path(path)
         if not distributed.MAIN:
             return
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
@@ -226,17 +229,26 @@ class RunFolder:
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
         self.lock.flush()
-        self.log_path = self.path / "log.jsonl"
-        old = [f"{name}.tmp" for name in (*checkpoint.NAMES, "log.jsonl")]                  # of a save that was killed
-        if fresh:                                   # checkpoint.pt itself stands until the first save replaces it
-            old += ["log.jsonl", "grids/*.png", "tensorboard/events.out.tfevents.*"]
-        for file in (file for pattern in old for file in self.path.glob(pattern)):
+        for name in (*checkpoint.NAMES, LOG):       # of a save that was killed
+            (self.path / f"{name}.tmp").unlink(missing_ok=True)
+
+    @distributed.main_only
+    def begin(self, start_step, fresh):
+        """Open the logs.
+
+        Args:
+            start_step: of the checkpoint that the run goes on from; what was logged later is taken back.
+            fresh: whether the run is new, and saved: what the folder's former run kept of itself goes now.
+        """
+        self.start_step, self.log_path = start_step, self.path / LOG
+        former = [checkpoint.BEST, checkpoint.GUIDE, LOG, "grids/*.png", "tensorboard/events.out.tfevents.*"]
+        for file in (file for pattern in former for file in self.path.glob(pattern) if fresh):
             file.unlink()
         # A run killed between a save and now has logged steps that are about to be taken again: drop those.
         lines = []
         if self.log_path.exists():
             lines = [line for line in self.log_path.read_text().splitlines() if json_step(line) <= start_step]
-            temporary = self.path / "log.jsonl.tmp"
+            temporary = self.path / f"{LOG}.tmp"
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, self.log_path)
         # What it measured after its last save is taken again: log that once.
@@ -248,12 +260,6 @@ class RunFolder:
         while list(self.path.glob(f"tensorboard/*.tfevents.{int(time.time()):010d}.*")):
             time.sleep(0.05)
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
-
-    @distributed.main_only
-    def replaced(self):
-        """After the first save of a fresh run: what else the folder's former run kept of itself goes too."""
-        for name in (checkpoint.BEST, checkpoint.GUIDE):
-            (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self):

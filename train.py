@@ -11,6 +11,7 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 """
 
 import math
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -60,7 +61,7 @@ PRESETS = {
         save_every=3000, compile=True,
     ),
 }
-# Two steps can follow one another only if these stay as they were.
+# What --resume refuses to change: two steps can follow one another only if these stay as they were.
 FIXED = (
     "teacher", "guide", "dataset", "batch_size", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
     "sigma_min", "sigma_max",
@@ -138,6 +139,9 @@ def main(argv=None):
     fresh = state is None
     source = checkpoint.load(args.teacher, kind="teacher") if fresh else state
     classes = source["classes"]
+    planned = source.get("settings", {}).get("steps", 0)
+    if fresh and source["step"] < planned and distributed.MAIN:
+        print(f"note: the teacher is of step {source['step']} of {planned}", file=sys.stderr)
     with cli.restoring(args.teacher if fresh else args.run_dir):
         net = SimpleUNet(**source["model_config"])
         net.load_state_dict(source["model_ema"])    # the teacher's average; a resumed run overwrites all copies below
@@ -197,7 +201,7 @@ def main(argv=None):
     label_dropout = source.get("label_dropout", 0.0)
     del source, state                               # several times the size of the network
 
-    run = runtime.RunFolder(args.run_dir, step, fresh, args.stamp)
+    run = runtime.RunFolder(args.run_dir, args.stamp)
     stop = runtime.StopSignal(args.max_minutes)
 
     def save(name=checkpoint.NAME, ema=emas[0]):
@@ -219,7 +223,7 @@ def main(argv=None):
 
     if fresh:                                       # whether the disk takes it shows now, not after an hour
         save()
-        run.replaced()
+    run.begin(step, fresh)
 
     rows = min(len(classes), runtime.GRID_ROWS)
     grid_labels = torch.arange(8 * rows, device=device) % rows
@@ -233,7 +237,7 @@ def main(argv=None):
     if args.compile:                                # after the grid, whose batch has another size
         torch._dynamo.config.recompile_limit = 32   # the networks share one forward, each with and without gradient
         for network in filter(None, (generator, guidance.fake_unet, guidance.real_unet, guidance.guide)):
-            network.compile()
+            network.compile(dynamic=False)          # the GAN's two batches in one would make shapes look variable
 
     def draw(net, z, labels, renoise):
         return diffusion.few_step_sample(net, z, labels, model.denoising_sigmas, renoise)

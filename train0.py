@@ -44,7 +44,7 @@ PRESETS = {
         label_dropout=0.1, save_every=3000, compile=True,
     ),
 }
-# Two steps can follow one another only if these stay as they were.
+# What --resume refuses to change: two steps can follow one another only if these stay as they were.
 FIXED = ("dataset", "channels", "blocks", "batch_size", "seed", "optimizer")
 
 
@@ -69,7 +69,8 @@ def parse_args(argv=None):
     parser.add_argument(
         # At 0.15 the student of preset cifar10 was at three times the distance after 600 steps: too weak a guide.
         "--guide_at", type=cli.fraction, default=0.3333,
-        help="share of the steps after which the averaged weights are kept as guide.pt, for autoguidance; 0: never",
+        help="share of the steps after which the averaged weights are kept as guide.pt, for autoguidance, once in a "
+        "run; 0: never",
     )
     parser.add_argument("--p_mean", type=cli.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
     parser.add_argument("--p_std", type=cli.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
@@ -108,10 +109,10 @@ def main(argv=None):
         best = dict(distance=math.inf, step=0, of=validation.of)
     batches = data.Batches(dataset, args.batch_size, args.seed, device, distributed.RANK, distributed.WORLD)
     sigmas = diffusion.karras_sigmas(sigma_min=args.sigma_min, sigma_max=args.sigma_max).float().to(device)
-    run = runtime.RunFolder(args.run_dir, step, fresh, args.stamp)
+    run = runtime.RunFolder(args.run_dir, args.stamp)
     stop = runtime.StopSignal(args.max_minutes)
 
-    def teacher(ema=emas[0]):
+    def teacher_state(ema=emas[0]):
         return dict(                                # what sampling, distillation and autoguidance need of it
             kind="teacher", step=step, classes=dataset.classes, model_config=net.config,
             model_ema=ema.module.state_dict(), ema_decay=ema.decay,
@@ -123,7 +124,7 @@ def main(argv=None):
         checkpoint.save(
             run.path / name,
             dict(
-                teacher(ema),
+                teacher_state(ema),
                 # From here on what only a resume needs; the randomness and the place in the data follow from the step.
                 settings=cli.settings(args), model=net.state_dict(), emas=emas.state(), meter=meter.state(),
                 best=best, optimizer=optimizer.state_dict(),
@@ -132,7 +133,7 @@ def main(argv=None):
 
     if fresh:                                       # whether the disk takes it shows now, not after an hour
         save()
-        run.replaced()
+    run.begin(step, fresh)
 
     rows = min(len(dataset.classes), runtime.GRID_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
@@ -203,8 +204,9 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
-            if step == math.ceil(args.guide_at * args.steps):      # before save(): no resume comes by here again
-                checkpoint.save(run.path / checkpoint.GUIDE, teacher())
+            # Before save(), so that no resume begins after the step and without the file.
+            if args.guide_at and step >= args.guide_at * args.steps and not (run.path / checkpoint.GUIDE).exists():
+                checkpoint.save(run.path / checkpoint.GUIDE, teacher_state())
             if step % args.save_every == 0 or step == args.steps or due():
                 save()                              # before a measurement, too: what ends that must not cost steps
             if due():

@@ -163,10 +163,3 @@ def test_averages_resume_by_their_decay_and_a_new_one_from_the_first():
     assert [ema.suffix for ema in resumed] == ["", "_ema_0.9", "_ema_0.6"]
     assert all(ema.n_averaged.item() == 40 for ema in resumed)
     assert [ema.decay for ema in checkpoint.EMAs(net, [0.3, 0.6, 0.3])] == [0.3, 0.6]
-    resumed.load(dict(ema=emas[2].state_dict()))    # a checkpoint of before there were several
-    assert [ema.module.weight.item() for ema in resumed] == [39, 39, 39]
-
-
-def test_a_student_of_one_step_saved_before_there_were_several_still_loads(tmp_path):
-    checkpoint.save(tmp_path / "old.pt", dict(teacher_state(), kind="student", conditioning_sigma=80.0))
-    assert checkpoint.load(tmp_path / "old.pt", kind="student")["denoising_sigmas"] == [80.0]

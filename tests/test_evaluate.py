@@ -400,6 +400,12 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
     assert call(features_script, *argv, "1", "--epochs", "3") == 0
     path, accuracy = capsys.readouterr().out.splitlines()
     assert float(accuracy.split(" % of 200")[0]) < 75
+    (tmp_path / "data" / "test" / "left").rename(tmp_path / "data" / "test" / "up")
+    for split in "train", "test":
+        for image in list((tmp_path / "data" / split).rglob("?*[1-9].png")):        # a tenth is enough
+            image.unlink()
+    assert call(features_script, *argv, "1", "--epochs", "1") == 0
+    assert "accuracy unknown: the classes of its test images are others" in capsys.readouterr().out
 
 
 def test_training_measures_itself_and_keeps_the_best_step_of_the_best_average(tmp_path, tree, features):

@@ -26,7 +26,11 @@ def commands(value):
 
 # Blocks in one line each, without bold and table rules; a table belongs to the paragraph above it.
 BLOCKS = [
-    " ".join(re.sub(r"[*_]{2}|\|[-|]+\|", " ", block).split()) for block in re.split(r"\n\s*\n(?!\|)", DOCUMENTS)
+    " ".join(re.sub(r"[*_]{2}|\|[-|]+\|", " ", block).split())
+    for block in re.split(r"\n\s*\n(?!\|)", re.sub(
+        r"results/(\w+)\{([\w,]+)\}\.json",                                       # a_{b,c}: two files
+        lambda found: " ".join(f"results/{found[1]}{name}.json" for name in found[2].split(",")), DOCUMENTS,
+    ))
 ]
 MODES = "fp32", "bf16", "compiled"
 CIFAR10, GUIDED = "cifar10_jpeg", "cifar10_jpeg_guided_teacher"
@@ -92,7 +96,7 @@ STATED = [
     ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
      "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
-    ("took {:.1f} minutes with installing and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
+    ("took {:.1f} minutes with installing, and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
     ("5,000 images have at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %", "cifar10_jpeg_muon_teacher", [
         "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"]),
     ("and at FD {:.2f}, {:.1f} %, {:.1f} %", "cifar10_jpeg_muon_student", [
@@ -154,8 +158,6 @@ STATED = [
       for title, part in (
           ("teacher step", "teacher_step"), ("generator turn", "generator_turn"), ("guidance turn", "guidance_turn"),
           ("one-step sampling", "sample_one_step"), ("Heun sampling, 35 evaluations", "sample_heun"))],
-    ("took {:.0f} ms in float32 and {:.0f} ms in bf16 and channels_last", "benchmark", [
-        f"modes/{mode}/teacher_step/ms" for mode in MODES[:2]]),
     ("One-step sampling makes {:.1f}, {:.1f} and {:.1f} times as many", "benchmark", [
         f"ratios/{mode}/one_step_to_heun_images" for mode in MODES]),
     ("A guidance turn takes {:.2f}, {:.2f} and {:.2f} times its floor", "benchmark", [
@@ -189,7 +191,7 @@ SETTINGS = """
     5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048 images;
     recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images); 2,048 images);
     after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps;
-    (5,000 images); in 9,000 of its own; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
+    (5,000 images); 9,000 steps came to the loss of 32,000 of Adam; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
     after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run;
     The same 5,000 images of each network
 """

@@ -109,24 +109,16 @@ def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeyp
     checkpoint.save(Path(run) / checkpoint.NAME, state)
     monkeypatch.setitem(train0.PRESETS, "new", dict(label_dropout=0.5, lr=0.5, compile=True))
     args, _ = train0.parse_args(["--run_dir", run, "--resume", "--preset", "new"])
-    assert args.label_dropout == 0 and args.lr == state["settings"]["lr"]
-    assert args.compile                             # which belongs to the machine
+    assert args.label_dropout == 0 and args.lr == state["settings"]["lr"] and not args.compile
 
 
-def test_a_run_of_before_there_was_muon_goes_on_with_adam(tmp_path, tree, capsys, monkeypatch):
-    run = f"{tmp_path}/a"
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
+def test_a_resumed_run_is_compiled_as_before_unless_told_otherwise(tmp_path, tree):
+    run = Path(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", str(run), "--steps", "1") == 0
     state = checkpoint.load(run)
-    state["optimizer"] = state["optimizer"]["adam"]                 # as it was saved then
-    del state["settings"]["optimizer"]
-    checkpoint.save(Path(run) / checkpoint.NAME, state)
-    monkeypatch.setitem(train0.PRESETS, "new", dict(optimizer="muon"))
-    again = ["--run_dir", run, "--resume", "--device", "cpu", "--steps", "3"]
-    assert call(train0, *again, "--optimizer", "muon") == 2
-    assert "--optimizer muon differs from the resumed run's adam" in capsys.readouterr().err
-    assert call(train0, *again, "--preset", "new") == 0
-    resumed = checkpoint.load(run)
-    assert resumed["settings"]["optimizer"] == "adam" and resumed["optimizer"]["adam"]["state"][0]["step"] == 3
+    checkpoint.save(run / checkpoint.NAME, dict(state, settings=dict(state["settings"], compile=True)))
+    assert train0.parse_args(["--run_dir", str(run), "--resume"])[0].compile
+    assert not train0.parse_args(["--run_dir", str(run), "--resume", "--no-compile"])[0].compile
 
 
 def test_compiling_that_fails_is_one_line_and_can_be_left_out_of_a_preset(capsys, tmp_path, monkeypatch):
@@ -135,7 +127,7 @@ def test_compiling_that_fails_is_one_line_and_can_be_left_out_of_a_preset(capsys
     def fails(*_, **__):
         raise BackendCompilerFailed(lambda: None, RuntimeError("no compiler"), None)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: setattr(net, "_compiled_call_impl", fails))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **_: setattr(net, "_compiled_call_impl", fails))
     assert call(sample, "--checkpoint", f"{ROOT}/weights/student.pt", "--compile", "--out", f"{tmp_path}/x.png") == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--compile failed, --no-compile does without" in message and not list(tmp_path.iterdir())
@@ -388,7 +380,9 @@ def test_classes_of_unequal_size_are_said(tmp_path, tree, capsys):
 def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is_saved(tmp_path, tree, monkeypatch):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "6") == 0
-    before = read(f"{run}/checkpoint.pt")
+    record = [path for path in Path(run).rglob("*") if path.is_file() and path.name != "lock"]
+    before = {path: read(path) for path in record}
+    assert {path.name for path in record} > {"checkpoint.pt", "log.jsonl", "guide.pt"} and len(record) > 4
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
@@ -396,9 +390,10 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
         assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 1
-    assert read(f"{run}/checkpoint.pt") == before
+    assert {path: read(path) for path in record} == before
+    assert {path for path in Path(run).rglob("*") if path.is_file() and path.name != "lock"} == set(record)
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 0
-    assert checkpoint.load(run)["step"] == 3
+    assert checkpoint.load(run)["step"] == 3 and len(list(Path(run, "tensorboard").iterdir())) == 1
     assert [json.loads(line)["step"] for line in read(f"{run}/log.jsonl").splitlines()] == [2, 3]
 
 
@@ -420,12 +415,48 @@ def test_a_finished_run_resumes_to_nothing_and_can_be_prolonged(tmp_path, tree):
     assert checkpoint.load(run)["step"] == 3 and checkpoint.load(run)["settings"]["channels"] == 8
 
 
-def test_the_folder_of_other_images_is_not_taken_over():
-    known = dict(settings=dict(dataset="folder", data_dir="mine"))
-    for asked, wanted in ((None, ("folder", "mine")), ("folder", ("folder", "mine")), ("cifar10", ("cifar10", "data"))):
-        args = argparse.Namespace(dataset=asked, data_dir=None)
-        cli.name_dataset(args, known)
-        assert (args.dataset, args.data_dir) == wanted
+@pytest.mark.parametrize(("asked", "wanted"), [
+    (None, ("folder", "mine", 0)), ("folder", ("folder", "mine", 0)), ("cifar10", ("cifar10", "data", 1)),
+])
+def test_the_folder_and_the_mirroring_of_other_images_are_not_taken_over(asked, wanted):
+    known = dict(settings=dict(dataset="folder", data_dir="mine", flip=0))
+    args = argparse.Namespace(dataset=asked, data_dir=None, flip=None)
+    cli.name_dataset(args, known)
+    assert (args.dataset, args.data_dir, args.flip) == wanted
+    args = argparse.Namespace(dataset=asked, data_dir="here", flip=1)
+    cli.name_dataset(args, known)
+    assert (args.data_dir, args.flip) == ("here", 1)
+
+
+def test_a_guide_is_kept_once_in_a_run_that_is_shortened_or_prolonged(tmp_path, tree, monkeypatch):
+    run = str(tmp_path / "a")
+    interrupted(monkeypatch, train0, 1, signal.SIGTERM)
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "20") == 0
+    assert checkpoint.load(run)["step"] == 2 and not (tmp_path / "a" / "guide.pt").exists()         # due after 6.7
+    for steps in "4", "10":                         # due after 1.3, which has passed; after 3.3
+        assert call(train0, "--run_dir", run, "--resume", "--steps", steps) == 0
+        assert checkpoint.load(f"{run}/guide.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["best.pt", "guide.pt", "log.jsonl"])
+def test_a_folder_with_the_rest_of_a_run_is_not_taken_for_a_new_one(tmp_path, tree, capsys, name):
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / name).write_text("kept")
+    for more in [], ["--resume"]:
+        assert call(train0, *teacher_flags(tree), "--run_dir", str(run), "--steps", "1", *more) == 2
+        assert f"holds {name} but no checkpoint.pt" in capsys.readouterr().err
+        assert [path.name for path in run.iterdir()] == [name] and (run / name).read_text() == "kept"
+    assert call(train0, *teacher_flags(tree), "--run_dir", str(run), "--steps", "1", "--overwrite") == 0
+
+
+def test_a_teacher_that_was_stopped_is_said(tmp_path, teacher, capsys):
+    state = checkpoint.load(teacher)
+    checkpoint.save(tmp_path / "early.pt", dict(state, step=4))
+    for path, said in ((teacher, False), (f"{tmp_path}/early.pt", True)):
+        capsys.readouterr()
+        assert call(train, "--teacher", path, "--run_dir", f"{tmp_path}/{said}", "--steps", "1", *TINY) == 0
+        assert ("the teacher is of step 4 of 6" in capsys.readouterr().err) == said
 
 
 def test_max_minutes_saves_and_stops(tmp_path, tree):
@@ -438,7 +469,7 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
     before = {path: read(path) for path in tmp_path.rglob("*") if path.is_file()}
-    hold = "import runtime, sys, time; run = sys.argv[1]; r = runtime.RunFolder(run, 2, False, runtime.stamp(run)); "
+    hold = "import runtime, sys, time; run = sys.argv[1]; r = runtime.RunFolder(run, runtime.stamp(run)); "
     hold += "print(1, flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", hold, run], cwd=ROOT, stdout=subprocess.PIPE)
     try:
