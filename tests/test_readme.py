@@ -187,13 +187,13 @@ STATED = [
 ]
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
-    5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real images;
-    5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048 images;
-    recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images); 2,048 images);
-    after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps;
-    (5,000 images); 9,000 steps came to the loss of 32,000 of Adam; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
-    after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run;
-    The same 5,000 images of each network
+    5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real
+    images; 5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048
+    images; recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images);
+    2,048 images); after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps; (5,000 images);
+    9,000 steps came to the loss of 32,000 of Adam; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048
+    images; after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run; The
+    same 5,000 images of each network
 """
 
 
