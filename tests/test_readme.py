@@ -114,13 +114,18 @@ STATED = [
       for title, run, who, at, points in (
           ("shipped (5,000 images)", "", "teacher", "", 4), ("shipped", "", "student", "@2048", 6),
           ("of `make cifar10`", "make cifar10/", "teacher", "@2048", 3),
-          ("of `make cifar10`", "make cifar10/", "student", "@2048", 4))
+          ("of `make cifar10`", "make cifar10/", "student", "@2048", 4),
+          ("of the prolonged", "make cifar10/18,000 steps/", "student", "@2048", 4))
       for i in range(points)],
     ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, the shipped one at FD {:.2f}, {:.1f} %", GUIDED, [
         f"{file}{percent}metrics/{name}@2048/mean" for file in ("cifar10_jpeg_muon_guided_teacher#", "")
         for percent, name in (("", "fd"), ("% ", "recall"))]),
-    ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000", "heldout_loss", [
-        "rows/1/mean", "rows/0/mean"]),
+    ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
+     "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
+    ("| teacher, prolonged (5,000 images) | {:,} | {:.1f} | {:.2f} | {:.1f} % |", CIFAR10, [
+        *(f"make cifar10/18,000 steps/teacher/{place}" for place in ("steps", "training_minutes")), *(
+            f"cifar10_jpeg_long_teacher#{percent}metrics/{name}@5000/mean"
+            for percent, name in (("", "fd"), ("% ", "class_accuracy")))]),
     *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
         f"guidance/{scale}/curve/-1/fd@2048", *(
             f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
@@ -142,12 +147,19 @@ STATED = [
       for title, file in (
           ("teacher, shipped, guided", "guided"), ("and autoguided", "autoguided"),
           ("teacher, of `make cifar10`, guided", "muon_guided"), ("and autoguided", "muon_autoguided"))],
+    *[(f"| {title} | {{}} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", f"cifar10_jpeg_long_guide_{guide}", [
+        "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean",
+        "% metrics/recall@2048/mean"])
+      for title, guide in (
+          ("prolonged to 18,000 steps, the guide still of step 3,000", "3000"),
+          ("the same, guided by its state of step 9,000", "9000"))],
     *[(f"| {title} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg_student", [
         f"cifar10_jpeg_{file}student#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
       for title, file in (
           ("student, shipped", ""), ("of the shipped teacher, autoguided, with Muon", "autoguided_"),
-          ("of the teacher of `make cifar10`, not autoguided", "muon_plain_"), ("the same, autoguided", "muon_"))],
+          ("of the teacher of `make cifar10`, not autoguided", "muon_plain_"), ("the same, autoguided", "muon_"),
+          ("of that teacher prolonged, autoguided", "long_"))],
     ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
         f"{run}/curve/{i}/fd@2048"
         for run in ("autoguidance/make cifar10, guide of step 1,350", "make cifar10/student") for i in (0, 1)]),
@@ -191,7 +203,8 @@ SETTINGS = """
     images; 5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048
     images; recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images);
     2,048 images); after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps; (5,000 images);
-    9,000 steps came to the loss of 32,000 of Adam; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048
+    9,000 steps came to the loss of 32,000 of Adam; and 18,000 to a nearer teacher; not as good yet after 9,000 steps;
+    After 18,000, in half; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048
     images; after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run; The
     same 5,000 images of each network
 """
