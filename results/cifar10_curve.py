@@ -69,8 +69,7 @@ def figure():
         parts.append(text(x(minutes), BOTTOM + 18, minutes, "middle"))
     parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 40, "minutes of training on 2 CPU cores", "middle"))
     parts.append(text(LEFT + 8, TOP - 6, "Fréchet distance"))
-    shipped, recipe = record, record["make cifar10"]
-    for run, colours, label in ((shipped, PALE, "shipped, Adam"), (recipe, STRONG, "make cifar10, Muon")):
+    for run, colours, label in ((record, PALE, "Adam"), (record["make cifar10"], STRONG, "make cifar10, Muon")):
         words = f"teacher, {label}", f"student, {label}"
         parts += runs(run["teacher"], run["student"], colours, words)
     return "\n".join([*parts, "</svg>", ""])

@@ -91,8 +91,8 @@ STATED = [
         f"cifar10_jpeg_resnet_{file}#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
       for title, nfe, file in (
-          ("teacher, shipped, not guided", 35, "teacher"), ("the same, guided", 45, "guided_teacher"),
-          ("student, shipped", 1, "student"), ("student, of `make cifar10`", 1, "make_student"))],
+          ("teacher, Adam, not guided", 35, "teacher"), ("the same, guided", 45, "guided_teacher"),
+          ("student, Adam", 1, "student"), ("student, of `make cifar10`", 1, "make_student"))],
     ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
      "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
@@ -112,12 +112,12 @@ STATED = [
         f"{run}{who}/curve/{i}/{place}" for place in ("steps", "minutes")] + [
         f"{run}{who}/curve/{i}/fd{at}", f"% {run}{who}/curve/{i}/class_accuracy{at}"])
       for title, run, who, at, points in (
-          ("shipped (5,000 images)", "", "teacher", "", 4), ("shipped", "", "student", "@2048", 6),
+          ("Adam (5,000 images)", "", "teacher", "", 4), ("Adam", "", "student", "@2048", 6),
           ("of `make cifar10`", "make cifar10/", "teacher", "@2048", 3),
           ("of `make cifar10`", "make cifar10/", "student", "@2048", 4),
           ("of the prolonged", "make cifar10/18,000 steps/", "student", "@2048", 4))
       for i in range(points)],
-    ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, the shipped one at FD {:.2f}, {:.1f} %", GUIDED, [
+    ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, that of Adam at FD {:.2f}, {:.1f} %", GUIDED, [
         f"{file}{percent}metrics/{name}@2048/mean" for file in ("cifar10_jpeg_muon_guided_teacher#", "")
         for percent, name in (("", "fd"), ("% ", "recall"))]),
     ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
@@ -145,7 +145,7 @@ STATED = [
             "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean",
             "% metrics/recall@2048/mean")])
       for title, file in (
-          ("teacher, shipped, guided", "guided"), ("and autoguided", "autoguided"),
+          ("teacher, Adam, guided", "guided"), ("and autoguided", "autoguided"),
           ("teacher, of `make cifar10`, guided", "muon_guided"), ("and autoguided", "muon_autoguided"))],
     *[(f"| {title} | {{}} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", f"cifar10_jpeg_long_guide_{guide}", [
         "checkpoint/evaluations", "metrics/fd@2048/mean", "% metrics/class_accuracy@2048/mean",
@@ -157,7 +157,7 @@ STATED = [
         f"cifar10_jpeg_{file}student#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
       for title, file in (
-          ("student, shipped", ""), ("of the shipped teacher, autoguided, with Muon", "autoguided_"),
+          ("student, Adam", ""), ("of the same teacher, autoguided, with Muon", "autoguided_"),
           ("of the teacher of `make cifar10`, not autoguided", "muon_plain_"), ("the same, autoguided", "muon_"),
           ("of that teacher prolonged, autoguided", "long_"))],
     ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
@@ -202,11 +202,11 @@ SETTINGS = """
     5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real
     images; 5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048
     images; recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images);
-    2,048 images); after 1,200 steps; 32,000 steps of Adam; of 5,600 steps of Adam; of 22,000 steps; (5,000 images);
-    9,000 steps came to the loss of 32,000 of Adam; and 18,000 to a nearer teacher; not as good yet after 9,000 steps;
-    After 18,000, in half; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048
-    images; after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run; The
-    same 5,000 images of each network
+    2,048 images); after 1,200 steps; of the teacher of Adam, 32,000 steps; of 5,600 steps of Adam; of 22,000 steps;
+    (5,000 images); 9,000 steps came to the loss of 32,000 of Adam; and 18,000 to a nearer teacher; not as good yet
+    after 9,000 steps; After 18,000, in half; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
+    after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run; its step
+    3,000, did; The same 5,000 images of each network
 """
 
 
