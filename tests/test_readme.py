@@ -81,9 +81,9 @@ STATED = [
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean",
             "checkpoint/images_per_second"))
     ]) for title, nfe, time, minutes, file in (
-        ("teacher, shipped", 35, "{:.1f} min ", "teacher", "teacher"),
-        ("the same, guided", 45, "", "", "guided_teacher_5000"),
-        ("student, shipped", 1, "{:.1f} min more ", "student", "student"),
+        ("teacher, shipped", 35, "{:.1f} min ", "make cifar10/18,000 steps/teacher", "shipped_teacher"),
+        ("the same, guided and autoguided", 55, "", "", "shipped_guided_teacher"),
+        ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, guidance 3", "shipped_student"),
         ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make_teacher_5000"),
         ("the same, guided and autoguided", 55, "", "", "make_guided_teacher_5000"),
         ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/in one go/student", "make_student_5000"))],
@@ -92,7 +92,8 @@ STATED = [
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
       for title, nfe, file in (
           ("teacher, Adam, not guided", 35, "teacher"), ("the same, guided", 45, "guided_teacher"),
-          ("student, Adam", 1, "student"), ("student, of `make cifar10`", 1, "make_student"))],
+          ("student, Adam", 1, "student"), ("student, of `make cifar10`", 1, "make_student"),
+          ("student, shipped", 1, "shipped_student"))],
     ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
      "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
@@ -106,16 +107,20 @@ STATED = [
         f"cifar10_jpeg_make_{who}#{percent}metrics/{name}/mean"
         for who in ("teacher", "student")
         for percent, name in (("", "fd"), ("% ", "class_accuracy"), ("% ", "recall"))]),
+    *[(f"{who} at FD {{:.2f}}, {{:.1f}} %, {{:.1f}} %", f"cifar10_jpeg_{file}", [
+        "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"])
+      for who, file in (("guided teacher are", "guided_teacher_5000"), ("autoguided", "long_guided_teacher"))],
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
-    *[(f"| {who}, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
+    *[(f"| {who.partition(',')[0]}, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
         f"{run}{who}/curve/{i}/{place}" for place in ("steps", "minutes")] + [
         f"{run}{who}/curve/{i}/fd{at}", f"% {run}{who}/curve/{i}/class_accuracy{at}"])
       for title, run, who, at, points in (
           ("Adam (5,000 images)", "", "teacher", "", 4), ("Adam", "", "student", "@2048", 6),
           ("of `make cifar10`", "make cifar10/", "teacher", "@2048", 3),
           ("of `make cifar10`", "make cifar10/", "student", "@2048", 4),
-          ("of the prolonged", "make cifar10/18,000 steps/", "student", "@2048", 4))
+          ("of the prolonged", "make cifar10/18,000 steps/", "student", "@2048", 4),
+          ("guidance 3", "make cifar10/18,000 steps/", "student, guidance 3", "@2048", 4))
       for i in range(points)],
     ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, that of Adam at FD {:.2f}, {:.1f} %", GUIDED, [
         f"{file}{percent}metrics/{name}@2048/mean" for file in ("cifar10_jpeg_muon_guided_teacher#", "")
@@ -124,7 +129,7 @@ STATED = [
      "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
     ("| teacher, prolonged (5,000 images) | {:,} | {:.1f} | {:.2f} | {:.1f} % |", CIFAR10, [
         *(f"make cifar10/18,000 steps/teacher/{place}" for place in ("steps", "training_minutes")), *(
-            f"cifar10_jpeg_long_teacher#{percent}metrics/{name}@5000/mean"
+            f"cifar10_jpeg_shipped_teacher#{percent}metrics/{name}@5000/mean"
             for percent, name in (("", "fd"), ("% ", "class_accuracy")))]),
     *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
         f"guidance/{scale}/curve/-1/fd@2048", *(
@@ -159,7 +164,8 @@ STATED = [
       for title, file in (
           ("student, Adam", ""), ("of the same teacher, autoguided, with Muon", "autoguided_"),
           ("of the teacher of `make cifar10`, not autoguided", "muon_plain_"), ("the same, autoguided", "muon_"),
-          ("of that teacher prolonged, autoguided", "long_"))],
+          ("of that teacher prolonged, autoguided", "long_"),
+          ("the same, `--guidance_scale 3`: shipped", "shipped_"))],
     ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
         f"{run}/curve/{i}/fd@2048"
         for run in ("autoguidance/make cifar10, guide of step 1,350", "make cifar10/student") for i in (0, 1)]),
@@ -199,6 +205,7 @@ STATED = [
 ]
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
+    5,000 images of the;
     5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real
     images; 5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048
     images; recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images);
@@ -265,7 +272,7 @@ def test_the_curve_is_drawn_from_the_results():
     drawn = runpy.run_path(str(ROOT / "results/cifar10_curve.py"))["figure"]()
     assert drawn == (ROOT / "results/cifar10_curve.svg").read_text()
     record = report(CIFAR10)
-    students = record["student"], record["make cifar10"]["student"]
+    students = record["student"], record["make cifar10"]["18,000 steps"]["student, guidance 3"]
     distances = [point["fd@2048"] for student in students for point in student["curve"]]
     assert all(f": {distance:.2f}</title>" in drawn for distance in distances)
 
