@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 
 help:
 	@echo "make demo      teacher, student and grids on the built-in dataset, minutes on a CPU"
-	@echo "make cifar10   the same on CIFAR-10, with distances: an hour and a half on a CPU; PRESET=cifar10_gpu for a GPU"
+	@echo "make cifar10   the same on CIFAR-10, with distances: hours on a CPU; PRESET=cifar10_gpu for a GPU"
 	@echo "make test      lint and tests"
 
 .venv/requirements-test.txt: requirements.txt
