@@ -228,7 +228,7 @@ def main(argv=None):
     start = time.perf_counter()
     folder = tempfile.TemporaryDirectory()
     run = runtime.RunFolder(folder.name, None)
-    run.begin(0, True)
+    run.begin(0)
     functions = {mode: parts(args, device, mode, run) for mode in args.modes}
     names = list(functions[args.modes[0]])
     flops = {}

@@ -173,6 +173,5 @@ class EMAs(torch.nn.ModuleList):
 
     def load(self, state):
         """Take the averages from a checkpoint; one of a decay that it does not have goes on from its first."""
-        kept = state["emas"]
         for ema in self:
-            ema.load_state_dict(kept.get(ema.decay, next(iter(kept.values()))))
+            ema.load_state_dict(state["emas"].get(ema.decay, next(iter(state["emas"].values()))))

@@ -233,16 +233,16 @@ class RunFolder:
             (self.path / f"{name}.tmp").unlink(missing_ok=True)
 
     @distributed.main_only
-    def begin(self, start_step, fresh):
-        """Open the logs.
+    def begin(self, start_step):
+        """Open the logs, once there is a checkpoint.
 
         Args:
-            start_step: of the checkpoint that the run goes on from; what was logged later is taken back.
-            fresh: whether the run is new, and saved: what the folder's former run kept of itself goes now.
+            start_step: of the checkpoint; what was logged later is taken back. At 0 nothing in the folder is this run's
+                own yet, so what a former run kept of itself goes.
         """
         self.start_step, self.log_path = start_step, self.path / LOG
         former = [checkpoint.BEST, checkpoint.GUIDE, LOG, "grids/*.png", "tensorboard/events.out.tfevents.*"]
-        for file in (file for pattern in former for file in self.path.glob(pattern) if fresh):
+        for file in (file for pattern in former for file in self.path.glob(pattern) if start_step == 0):
             file.unlink()
         # A run killed between a save and now has logged steps that are about to be taken again: drop those.
         lines = []

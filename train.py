@@ -223,7 +223,7 @@ def main(argv=None):
 
     if fresh:                                       # whether the disk takes it shows now, not after an hour
         save()
-    run.begin(step, fresh)
+    run.begin(step)
 
     rows = min(len(classes), runtime.GRID_ROWS)
     grid_labels = torch.arange(8 * rows, device=device) % rows

@@ -133,7 +133,7 @@ def main(argv=None):
 
     if fresh:                                       # whether the disk takes it shows now, not after an hour
         save()
-    run.begin(step, fresh)
+    run.begin(step)
 
     rows = min(len(dataset.classes), runtime.GRID_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)

@@ -394,6 +394,13 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
     assert {path for path in Path(run).rglob("*") if path.is_file() and path.name != "lock"} == set(record)
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 0
     assert checkpoint.load(run)["step"] == 3 and len(list(Path(run, "tensorboard").iterdir())) == 1
+
+    with monkeypatch.context() as patch:            # stopped between the first save and the rest
+        patch.setattr(runtime.RunFolder, "begin", full_disk)
+        assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "9", "--overwrite") == 1
+    assert checkpoint.load(f"{run}/guide.pt")["step"] == 1
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "3", "--guide_at", "0.9") == 0
+    assert checkpoint.load(f"{run}/guide.pt")["step"] == 3
     assert [json.loads(line)["step"] for line in read(f"{run}/log.jsonl").splitlines()] == [2, 3]
 
 
