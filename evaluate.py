@@ -51,8 +51,7 @@ def parse_args(argv=None):
         "--num_images", type=cli.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
     )
     parser.add_argument(
-        "--batch_size", type=cli.count, default=250,
-        help="images at a time; moves nothing but, in bf16 or on a GPU, roundings",
+        "--batch_size", type=cli.count, default=250, help="images at a time; moves nothing but roundings",
     )
     parser.add_argument("--repeats", type=cli.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
@@ -117,8 +116,10 @@ def main(argv=None):
     state, given = None, None
     if args.checkpoint:
         state = checkpoint.load(args.checkpoint)
-        digest = sha256(checkpoint.find(args.checkpoint))
         guidance = cli.sampling_guidance(args, state, device)
+        guide = cli.guide_path(args, args.checkpoint)
+        # Now, as a run at work saves anew while its images are made.
+        digest, guide_digest = (file and sha256(checkpoint.find(file)) for file in (args.checkpoint, guide))
         with cli.restoring(args.checkpoint):
             sample = sampling.sampler(state, device, args.num_steps, guidance, args.compile)
     else:
@@ -159,12 +160,11 @@ def main(argv=None):
         torch_fidelity=torch_fidelity.__version__, seconds=round(time.perf_counter() - start, 1),
     )
     if state:
-        guide = cli.guide_path(args, args.checkpoint)
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
             evaluations=sampling.evaluations(state, args.num_steps, guidance),
             guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
-            autoguidance_scale=args.autoguidance_scale, guide_sha256=guide and sha256(checkpoint.find(guide)),
+            autoguidance_scale=args.autoguidance_scale, guide_sha256=guide_digest,
             bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),
         )

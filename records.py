@@ -32,7 +32,7 @@ def write_json(path, report, device):
     script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
     script = script.relative_to(root) if script.is_relative_to(root) else script.name
     command = shlex.join(["python", str(script), *sys.argv[1:]])
-    report = dict(report, command=report.get("command", command), git=git_commit(), **environment(device))
+    report = dict(report, command=report.get("command", command), git=GIT, **environment(device))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
 
@@ -50,6 +50,9 @@ def git_commit():
         return None
 
 
+GIT = git_commit()                                  # that of the code that runs: the files may change meanwhile
+
+
 def environment(device):
     """What a number may depend on beside the code."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -57,4 +60,4 @@ def environment(device):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    return dict(hardware=name, threads=torch.get_num_threads(), versions=versions)
+    return dict(hardware=name, threads=torch.get_num_threads(), processes=distributed.WORLD, versions=versions)

@@ -153,7 +153,9 @@ class Meter:
         """The unread scalars as numbers, for a checkpoint. Raises NonFiniteError naming the first bad step."""
         state, bad = {}, []
         for name, entries in self.history.items():
-            values = distributed.mean(torch.stack([value.float() for value in entries.values()])).tolist()
+            values = torch.stack([value.float() for value in entries.values()]).cpu().double()
+            # In float64, as a resume reads means and takes them again: of equal numbers the mean is the number.
+            values = (distributed.sum_on_host(values) / distributed.WORLD).float().tolist()
             state[name] = dict(zip(entries, values, strict=True))
             bad += [(step, name, value) for step, value in state[name].items() if not math.isfinite(value)]
         if bad:

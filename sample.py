@@ -41,7 +41,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--num_images", type=cli.count, default=100, help="images in all")
     parser.add_argument(
-        "--batch_size", type=cli.count, default=100, help="images at a time; moves nothing but, on a GPU, roundings"
+        "--batch_size", type=cli.count, default=100, help="images at a time; moves nothing but roundings"
     )
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
     parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")

@@ -1,5 +1,5 @@
 """Images of a checkpoint: image i is a function of (checkpoint, seed, i, its label), whatever the batch size or
-count (on a GPU to rounding: its libraries choose their kernels by the batch size).
+count, to rounding: libraries choose their kernels by the batch size.
 
     sample = sampler(checkpoint.load("runs/dmd2"), device)
     images = generate(sample, seed=0, labels=labels, batch_size=100, device=device)       # uint8 [N, 3, 32, 32]

@@ -204,9 +204,10 @@ def main(argv=None):
         with meter.paused():
             if step % args.sample_every == 0 or step == args.steps:
                 log_grid()
-            # Before save(), so that no resume begins after the step and without the file.
-            if args.guide_at and step >= args.guide_at * args.steps and not (run.path / checkpoint.GUIDE).exists():
-                checkpoint.save(run.path / checkpoint.GUIDE, teacher_state())
+            # Before save(), so that no resume begins after the step and without the file. No guide of a diverged run.
+            guide = run.path / checkpoint.GUIDE
+            if args.guide_at and step >= args.guide_at * args.steps and not guide.exists() and grad_norm.isfinite():
+                checkpoint.save(guide, teacher_state())
             if step % args.save_every == 0 or step == args.steps or due():
                 save()                              # before a measurement, too: what ends that must not cost steps
             if due():

@@ -182,11 +182,6 @@ def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
     assert not torch.equal(data.Batches(dataset, 20, seed=2, device="cpu")(0)[1], labels[0])
     images, batch_labels = batches(3)
     assert torch.equal(data.to_uint8(images)[:, 0, 0, 0].long(), batch_labels)
+    assert images.dtype == torch.float32 and batch_labels.dtype == torch.int64
     large = data.Batches(dataset, 120, seed=1, device="cpu")(0)[1]  # a batch of more than two epochs
     assert torch.equal(large, stream[:120])
-
-
-def test_batches_of_shapes_are_images_in_range():
-    images, labels = data.Batches(data.load("shapes"), 8, 0, "cpu")(5)
-    assert images.shape == (8, 3, 32, 32) and images.dtype == torch.float32 and labels.dtype == torch.int64
-    assert images.min() >= -1 and images.max() <= 1

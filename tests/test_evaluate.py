@@ -1,11 +1,15 @@
 """evaluate.py and metrics.py against known answers and against torch-fidelity's own entry point."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pickle
 import runpy
+import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -199,7 +203,10 @@ def test_the_same_npz_gives_the_same_numbers_twice_and_the_report_says_what_was_
     assert f"FD@{N}" in capsys.readouterr().out
     report = reports[0]
     assert report["num_images"] == N and report["reference"] == dict(dataset="shapes", split="train", images=2500)
-    assert {"command", "git", "hardware", "versions", "seconds", "feature_extractor"} <= set(report)
+    assert {"command", "hardware", "versions", "seconds", "feature_extractor"} <= set(report)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert report["processes"] == 1
+    assert report["git"] is None if head.returncode else report["git"]["commit"] == head.stdout.strip()
 
 
 def test_a_damaged_cache_is_made_anew(drawn, extractor, tmp_path):
@@ -222,18 +229,22 @@ def test_what_was_measured_is_not_lost_with_the_cache(drawn, extractor, tmp_path
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_path, flags):
+def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_path, flags, monkeypatch):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.json")
     tiny = ["--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
     assert call(train0, "--dataset", "shapes", "--run_dir", run, *tiny) == 0
-    few = ["--num_steps", "1", "--num_images", str(N), "--repeats", "2"]
-    assert call(evaluate, "--checkpoint", run, "--out", out, *few, *flags) == 0
+    few = ["--num_steps", "1", "--num_images", str(N), "--repeats", "2", "--autoguidance_scale", "2", "--guide", run]
+    argv = ["--checkpoint", run, "--out", out, *few, *flags]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *argv])
+    assert call(evaluate, *argv) == 0
     report = json.loads(Path(out).read_text())
+    assert report["command"] == shlex.join(["python", "evaluate.py", *argv])
     assert [r["seed"] for r in report["runs"]] == [0, 1] and report["runs"][0]["fd"] != report["runs"][1]["fd"]
     values = [r["fd"] for r in report["runs"]]
     assert report["metrics"][f"fd@{N}"] == dict(mean=np.mean(values), std=np.std(values, ddof=1))
-    assert report["checkpoint"]["evaluations"] == 1 and report["checkpoint"]["step"] == 1
-    assert len(report["checkpoint"]["sha256"]) == 64
+    assert report["checkpoint"]["evaluations"] == 2 and report["checkpoint"]["step"] == 1
+    digest = hashlib.sha256(Path(run, "checkpoint.pt").read_bytes()).hexdigest()
+    assert report["checkpoint"]["sha256"] == report["checkpoint"]["guide_sha256"] == digest
 
 
 def test_a_folder_of_images_is_measured(drawn, tmp_path, flags):
@@ -435,6 +446,18 @@ def test_training_measures_itself_and_keeps_the_best_step_of_the_best_average(tm
             assert state["ema_decay"] == sampled
             assert not any(same(state["model_ema"], averages[other]) for other in averages if other != sampled)
     assert chosen != {0.5}                          # or this test says nothing of the others
+
+
+def test_training_is_measured_on_other_noise_than_evaluate_takes_at_its_seed(tmp_path, extractor, monkeypatch):
+    seeds, generate = [], metrics.sampling.generate
+    monkeypatch.setattr(metrics.sampling, "generate", lambda sample, seed, *a: seeds.append(seed) or generate(
+        sample, seed, *a
+    ))
+    dataset = data.Dataset(*(torch.from_numpy(array) for array in shapes.draw(64, 0)), shapes.CLASSES)
+    validation = metrics.Validation(dataset, extractor, 64, 3, tmp_path, torch.device("cpu"))
+    validation(lambda z, labels, renoise: z)
+    validation(lambda z, labels, renoise: z)
+    assert seeds[0] == seeds[1] > 2**16             # far from evaluate.py's --seed, --seed + 1, ...
 
 
 def same(network, average):

@@ -1,5 +1,6 @@
 """What the documents claim can be found where they say: numbers and commands in results/, flags in the scripts."""
 
+import importlib
 import json
 import re
 import runpy
@@ -294,6 +295,20 @@ def test_every_flag_in_the_readme_exists():
 def test_commands_stand_in_blocks_of_code():
     assert re.findall(r"^(?:python|pip|torchrun) .*", README, re.MULTILINE) == []   # unindented, they run into a line
     assert len(re.findall(r"^    python train0?\.py", README, re.MULTILINE)) == 4
+
+
+@pytest.mark.parametrize("target", ["demo", "cifar10"])
+def test_make_calls_the_scripts_as_they_are(target, monkeypatch, tmp_path):
+    makefile = (ROOT / "Makefile").read_text()
+    (recipe,) = re.findall(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    lines = re.findall(r"\$\(RUN\) (\w+)\.py (.*)", recipe)
+    assert len(lines) == (4 if target == "demo" else 6)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / target).mkdir(parents=True)
+    made = dict(PRESET=target, DATA="--dataset cifar10", EVALUATE="")
+    for script, flags in lines:
+        flags = re.sub(r"\$\((\w+)\)", lambda found: made[found[1]], flags)
+        importlib.import_module(script).parse_args(flags.split())                   # raises where a flag is not one
 
 
 def test_every_file_in_the_readme_exists():

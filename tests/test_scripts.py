@@ -38,6 +38,13 @@ def teacher(tree, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("runs") / "student")
+    assert call(train, "--teacher", teacher, "--run_dir", folder, "--steps", "1", *TINY) == 0
+    return folder
+
+
 def read(path):
     return Path(path).read_bytes()
 
@@ -140,7 +147,13 @@ def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     args, _ = train.parse_args([])
     wanted = dict(
         conditioning_sigma=80.0, dfake_gen_update_ratio=10, min_step_percent=0.02, max_step_percent=0.98,
-        sigma_min=0.002, sigma_max=80.0, fake_noise="all",
+        sigma_min=0.002, sigma_max=80.0, fake_noise="all", cls_loss_weight=1e-2,
+    )
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    args, _ = train0.parse_args([])
+    wanted = dict(
+        p_mean=-1.2, p_std=1.2, sigma_sampling="lognormal", flip=1, sigma_min=0.002, sigma_max=80.0,
+        lr_schedule="cosine",
     )
     assert {name: getattr(args, name) for name in wanted} == wanted
 
@@ -217,8 +230,11 @@ def test_a_run_killed_after_its_last_save_logs_no_step_twice(tmp_path, monkeypat
 
 def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(tmp_path, teacher):
     flags = ["--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--dfake_gen_update_ratio", "3", "--steps", "7"]
-    assert call(train, *flags, "--precision", "bf16", *TINY) == 0
+    rates = ["--generator_lr", "3e-4", "--guidance_lr", "7e-4", "--warmup_steps", "0"]
+    assert call(train, *flags, *rates, "--precision", "bf16", *TINY) == 0
     state = checkpoint.load(f"{tmp_path}/b")        # generator turns at steps 0, 3 and 6
+    for name, rate in (("generator", 3e-4), ("guidance", 7e-4)):
+        assert [group["lr"] for group in state[f"{name}_optimizer"]["adam"]["param_groups"]] == [rate]
     adam = {name: state[f"{name}_optimizer"]["adam"]["state"] for name in ("generator", "guidance")}
     updates = {name: found[0]["step"].item() for name, found in adam.items()}
     assert updates == dict(generator=3, guidance=7) and state["emas"][0.999]["n_averaged"].item() == 3
@@ -443,6 +459,13 @@ def test_a_guide_is_kept_once_in_a_run_that_is_shortened_or_prolonged(tmp_path, 
     for steps in "4", "10":                         # due after 1.3, which has passed; after 3.3
         assert call(train0, "--run_dir", run, "--resume", "--steps", steps) == 0
         assert checkpoint.load(f"{run}/guide.pt")["step"] == 3
+
+
+def test_a_run_that_diverges_leaves_no_guide(tmp_path, tree, monkeypatch, capsys):
+    weights = [1.0, 1.0, float("nan")]              # in step 3, after which the guide is due, before a log or a save
+    monkeypatch.setattr(train0.diffusion, "karras_weight", lambda sigma: weights.pop(0))
+    assert call(train0, *teacher_flags(tree), "--run_dir", str(tmp_path), "--steps", "9", "--save_every", "9") == 1
+    assert "is nan at step 2" in capsys.readouterr().err and not (tmp_path / "guide.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["best.pt", "guide.pt", "log.jsonl"])
@@ -684,6 +707,9 @@ WRONG = [
     (train, ["--f_div", "js", "--gen_cls_loss_weight", "1", "--diffusion_gan_max_timestep", "980"], "every noise"),
     (train, ["--f_div", "chi2"], "--f_div"),
     (train, ["--gen_cls_loss_weight", "-1"], "--gen_cls_loss_weight"),
+    (train, ["--gen_cls_loss_weight", "1e7"], "at most 1000000"),
+    (train, ["--generator_lr", "1.5"], "at most 1"),
+    (train, ["--conditioning_sigma", "1e5"], "at most 10000"),
     (train, ["--diffusion_gan_max_timestep", "1001"], "--diffusion_gan_max_timestep"),
     (train, ["--num_denoising_steps", "0"], "--num_denoising_steps"),
     (train, ["--num_denoising_steps", "2", "--conditioning_sigma", "0.001"], "--conditioning_sigma"),
@@ -707,7 +733,20 @@ WRONG = [
     (train0, ["--dataset", "shapes", "--no_such_flag", "1"], "--no_such_flag"),
     (train0, ["--dataset", "shapes", "--device", "tpu"], "--device"),
     (train0, ["--run_dir", "{teacher}"], "holds a run already"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--dataset", "shapes"], "--dataset shapes differs"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--channels", "16"], "--channels 16 differs"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--blocks", "2"], "--blocks 2 differs"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--batch_size", "8"], "--batch_size 8 differs"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--seed", "1"], "--seed 1 differs"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--optimizer", "muon"], "--optimizer muon differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--teacher", "{tree}"], "--teacher"),
+    (train, ["--run_dir", "{student}", "--resume", "--batch_size", "8"], "--batch_size 8 differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--seed", "1"], "--seed 1 differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--optimizer", "muon"], "--optimizer muon differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--conditioning_sigma", "3"], "--conditioning_sigma 3.0 differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--num_denoising_steps", "2"], "--num_denoising_steps 2 differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--sigma_min", "0.1"], "--sigma_min 0.1 differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--sigma_max", "40"], "--sigma_max 40.0 differs"),
     (train, ["--run_dir", "{teacher}", "--resume"], "holds a teacher, but a student is needed"),
     (sample, ["--checkpoint", "no_such_run"], "no_such_run"),
     (sample, ["--checkpoint", "{teacher}", "--labels", "cow"], "cat, dog"),
@@ -718,19 +757,20 @@ WRONG = [
 
 @pytest.mark.parametrize(("script", "flags", "said"), WRONG, ids=[f"{s.__name__} {' '.join(f)}" for s, f, _ in WRONG])
 def test_a_wrong_call_is_one_line_exit_code_2_and_writes_nothing(
-    script, flags, said, tmp_path, tree, teacher, capsys, monkeypatch
+    script, flags, said, tmp_path, tree, teacher, student, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     image_tree(tmp_path / "broken")
     (tmp_path / "broken" / "dog" / "1.png").write_bytes(b"broken")
     (tmp_path / "cut.pt").write_bytes(read(f"{teacher}/checkpoint.pt")[:-1000])
-    names = dict(tree=tree, teacher=teacher, broken=tmp_path / "broken", cut=tmp_path / "cut.pt")
+    names = dict(tree=tree, teacher=teacher, student=student, broken=tmp_path / "broken", cut=tmp_path / "cut.pt")
     here = sorted(os.listdir(tmp_path))
-    saved = read(f"{teacher}/checkpoint.pt")
+    saved = [read(f"{run}/checkpoint.pt") for run in (teacher, student)]
     assert call(script, *(flag.format(**names) for flag in flags)) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "error: " in err and said in err
-    assert sorted(os.listdir(tmp_path)) == here and read(f"{teacher}/checkpoint.pt") == saved
+    assert sorted(os.listdir(tmp_path)) == here
+    assert [read(f"{run}/checkpoint.pt") for run in (teacher, student)] == saved
 
 
 def test_weights_of_another_width_than_the_checkpoint_says_are_one_line(tmp_path, teacher, capsys):

@@ -1,99 +1,241 @@
-"""The lines of the two loops against known answers: what a step sees, its loss, its gradient and its size."""
+"""The two loops against the same steps written out here, and what they log."""
 
 import argparse
+import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import call, teacher_flags
+from PIL import Image
 
 import checkpoint
 import data
 import diffusion
+import distributed
 import runtime
 import train
 import train0
+from guidance import GuidanceModel
 from model import SimpleUNet
-from randomness import StepRandom
+from randomness import StepRandom, image_noise
+from unified_model import UnifiedModel
 
-ONE_STEP = ["--precision", "fp32", "--steps", "1", "--log_every", "1", "--max_grad_norm", "1e6"]
-
-
-def logged(run):
-    return json.loads((run / "log.jsonl").read_text().splitlines()[0])
-
-
-def gradients(state):
-    """name -> the gradient of a first step of Adam, whose first moment is a tenth of it."""
-    return {i: 10 * entry["exp_avg"] for i, entry in state["adam"]["state"].items()}
+CPU = torch.device("cpu")
+SIGMAS = ["--sigma_min", "0.01", "--sigma_max", "40"]
+# Clipping, rise and cosine all act within a few steps.
+STEPS = ["--precision", "fp32", "--log_every", "1", "--max_grad_norm", "0.5", "--warmup_steps", "2", *SIGMAS]
+STEPS += ["--lr_schedule", "cosine", "--ema_decay", "0.2", "--flip", "1"]
 
 
-def norm(tensors):
-    return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of images that mirroring changes."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return str(root)
 
 
-@pytest.mark.parametrize(("flip", "sigma_sampling"), [("0", "lognormal"), ("1", "lognormal"), ("0", "grid")])
-def test_the_teachers_loss_is_the_weighted_error_of_the_clean_image(tmp_path, tree, flip, sigma_sampling):
-    noise = ["--p_mean", "-0.3", "--p_std", "0.7", "--sigma_sampling", sigma_sampling, "--flip", flip, "--seed", "5"]
-    assert call(train0, *teacher_flags(tree), *ONE_STEP, *noise, "--run_dir", str(tmp_path)) == 0
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, pictures):
+    """One that can be guided, and whose network is not zero any more."""
+    run = str(tmp_path_factory.mktemp("teacher"))
+    flags = ["--steps", "5", "--warmup_steps", "0", "--lr", "1e-2", "--label_dropout", "0.5", *SIGMAS]
+    assert call(train0, *teacher_flags(pictures), "--run_dir", run, *flags) == 0
+    return run
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def step_of_adam(optimizer, loss, rates, step, steps):
+    """A step at gradients of length 0.5 at most, after a rise of two steps on a cosine; returns their length before."""
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    length = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    for gradient in gradients:
+        gradient *= min(1, 0.5 / length)
+    factor = (step + 1) / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / (steps - 2))) / 2
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+    optimizer.step()
+    return length
+
+
+@torch.no_grad()
+def average_in(average, net, update):
+    decay = min(0.2, (1 + update) / (10 + update))
+    for mean, value in zip(average.parameters(), net.parameters(), strict=True):
+        mean.copy_(decay * mean + (1 - decay) * value)
+
+
+def assert_as_trained(state, net, start):
+    """A state dict is that of net, to what rounding makes of the way from start."""
+    ours, theirs, first = ([value.flatten() for value in s.values()] for s in (state, net.state_dict(), start))
+    ours, theirs, first = torch.cat(ours), torch.cat(theirs), torch.cat(first)
+    assert (theirs - first).norm() > 0 and (ours - theirs).norm() < 0.01 * (theirs - first).norm()
+
+
+@pytest.mark.parametrize("sigma_sampling", ["lognormal", "grid"])
+def test_the_teachers_loop(tmp_path, pictures, sigma_sampling):
+    flags = ["--p_mean", "-0.3", "--p_std", "0.7", "--sigma_sampling", sigma_sampling, "--label_dropout", "0.3"]
+    flags += ["--blocks", "2", "--seed", "5", "--steps", "6", "--lr", "1e-2", "--run_dir", str(tmp_path)]
+    assert call(train0, *teacher_flags(pictures), *STEPS, *flags) == 0
 
     torch.manual_seed(5)
-    net = SimpleUNet(8, 2)
-    x_0, labels = data.Batches(data.load("folder", tree), 4, 5, "cpu")(0)
-    rng = StepRandom(5, 0, torch.device("cpu"))
-    if flip == "1":
-        mirrored = rng.uniform(4, 1, 1, 1) < 0.5
-        assert 0 < mirrored.sum() < 4
-        x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
-    if sigma_sampling == "grid":
-        sigma = diffusion.karras_sigmas()[rng.integers(0, 999, 4, 1, 1, 1)].float()
-    else:
-        sigma = torch.exp(-0.3 + 0.7 * rng.normal(4, 1, 1, 1))
-    x0_hat = net(x_0 + sigma * rng.normal(4, 3, 32, 32), sigma, labels)
-    loss = ((1 / sigma**2 + 1 / 0.5**2) * (x0_hat - x_0) ** 2).mean()
-    loss.backward()
-    found = logged(tmp_path)
-    assert found["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert found["grad_norm"] == pytest.approx(norm(p.grad for p in net.parameters()), rel=1e-3)
-
-
-def test_a_long_gradient_is_shortened_and_the_first_step_is_as_long_as_the_rise_allows(tmp_path, tree):
-    flags = [*teacher_flags(tree), *ONE_STEP[:-1], "0.01", "--lr", "1e-2", "--warmup_steps", "4"]
-    assert call(train0, *flags, "--run_dir", str(tmp_path)) == 0
+    net = SimpleUNet(8, 2, 2).to(memory_format=torch.channels_last)
+    average, start = copy.deepcopy(net), copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.Adam(net.parameters())
+    batches = data.Batches(data.load("folder", pictures), 4, 5, "cpu")
+    levels = diffusion.karras_sigmas(sigma_min=0.01, sigma_max=40).float()
+    expected = []
+    for step in range(6):
+        x_0, labels = batches(step)
+        rng = StepRandom(5, step, CPU)
+        x_0 = torch.where(rng.uniform(4, 1, 1, 1) < 0.5, x_0.flip(-1), x_0)
+        labels = torch.where(rng.uniform(4) < 0.3, -1, labels)
+        if sigma_sampling == "grid":
+            sigma = levels[rng.integers(0, 999, 4, 1, 1, 1)]
+        else:
+            sigma = torch.exp(-0.3 + 0.7 * rng.normal(4, 1, 1, 1))
+        x_t = (x_0 + sigma * rng.normal(4, 3, 32, 32)).to(memory_format=torch.channels_last)
+        loss = ((1 / sigma**2 + 1 / 0.5**2) * (net(x_t, sigma, labels) - x_0) ** 2).mean()
+        length = step_of_adam(optimizer, loss, [1e-2], step, 6)
+        average_in(average, net, step)
+        expected.append((loss.item(), length, optimizer.param_groups[0]["lr"]))
+    assert max(length for _, length, _ in expected) > 0.5
+    for row, wanted in zip(log_of(tmp_path), expected, strict=True):
+        assert (row["loss"], row["grad_norm"], row["lr"]) == pytest.approx(wanted, rel=0.01)
     state = checkpoint.load(tmp_path)
-    assert logged(tmp_path)["grad_norm"] > 0.1
-    assert norm(gradients(state["optimizer"]).values()) == pytest.approx(0.01, rel=1e-3)
-    torch.manual_seed(0)
-    before = SimpleUNet(8, 2).state_dict()
-    longest = max((value - before[name]).abs().max().item() for name, value in state["model"].items())
-    assert longest == pytest.approx(1e-2 / 4, rel=1e-2)             # Adam's first step: the rate, whatever the gradient
+    assert_as_trained(state["model"], net, start)
+    assert_as_trained(state["model_ema"], average, start)
 
 
-def test_the_losses_of_the_gan_count_by_their_weights(tmp_path, tree):
-    teacher = str(tmp_path / "teacher")
-    flags = ["--steps", "3", "--warmup_steps", "0", "--lr", "1e-2", "--label_dropout", "0.5"]
-    assert call(train0, *teacher_flags(tree), "--run_dir", teacher, *flags) == 0
-    found = []
-    for i in range(3):
-        weights = ["--gen_cls_loss_weight", str(0.1 * 2**i), "--cls_loss_weight", str(0.2 * 3**i)]
-        run = tmp_path / str(i)
-        # Guided, as without it real_unet and fake_unet are one in the first step.
-        flags = ["--teacher", teacher, "--guidance_scale", "5", "--batch_size", "4", "--device", "cpu", *ONE_STEP]
-        assert call(train, *flags, *weights, "--run_dir", str(run)) == 0
-        state = checkpoint.load(run)
-        found.append([
-            torch.cat([g.flatten() for g in gradients(state[f"{name}_optimizer"]).values()])
-            for name in ("generator", "guidance")
-        ])
-        head = sum(value.numel() for name, value in state["model"].items() if "cls_head" in name)
-    # gradient(w) = a + w b, at w = 0.1, 0.2, 0.4 and at 0.2, 0.6, 1.8; the head's has no a.
-    for (a, b, c), (near, far) in zip(zip(*found, strict=True), ((0.1, 0.2), (0.4, 1.2)), strict=True):
-        assert (b - a).norm() > 1e-2 * a.norm()
-        torch.testing.assert_close((c - b) / far, (b - a) / near, rtol=1e-2, atol=1e-3 * (b / near).abs().max().item())
-        assert (a - (b - a) * 0.1 / near).norm() > 1e-2 * a.norm()                  # the other loss, of weight 1
-    one, three = found[0][1][-head:], found[1][1][-head:]
-    torch.testing.assert_close(three, 3 * one, rtol=1e-3, atol=1e-5 * one.abs().max().item())
+@pytest.mark.parametrize("gan", [False, True])
+def test_the_students_loop(tmp_path, pictures, teacher, gan, monkeypatch):
+    flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", "--seed", "7"]
+    flags += ["--steps", "5", "--dfake_gen_update_ratio", "2", "--generator_lr", "3e-3", "--guidance_lr", "5e-3"]
+    flags += ["--conditioning_sigma", "3", "--fake_noise", "dm", "--min_step_percent", "0.3"]
+    flags += ["--max_step_percent", "0.6", "--guidance_scale", "5", "--guidance_interval", "0.5", "2"]
+    if gan:
+        flags += ["--gen_cls_loss_weight", "0.1", "--cls_loss_weight", "0.2", "--cls_head_lr", "2e-3"]
+        flags += ["--diffusion_gan_max_timestep", "700", "--f_div", "kl"]
+    grads, generate = [], UnifiedModel.generate
+
+    def spy(*args):
+        grads.append(torch.is_grad_enabled())
+        return generate(*args)
+
+    monkeypatch.setattr(UnifiedModel, "generate", spy)
+    assert call(train, *STEPS, *flags) == 0
+    assert grads == [True, False, True, False, True]                # a guidance turn alone needs none
+
+    net = checkpoint.ema_model(checkpoint.load(teacher))
+    start = copy.deepcopy(net.state_dict())
+    adversarial = dict(gan=True, diffusion_gan_max_timestep=700, f_div="kl") if gan else {}
+    torch.manual_seed(7)
+    guidance = GuidanceModel(
+        net, 0.3, 0.6, 0.01, 40.0, guidance_scale=5, guidance_interval=(0.5, 2), fake_noise="dm", **adversarial
+    ).to(memory_format=torch.channels_last)
+    generator, average = copy.deepcopy(guidance.fake_unet), copy.deepcopy(net)
+    generator_adam = torch.optim.Adam(generator.parameters())
+    trained = [guidance.fake_unet, guidance.cls_head] if gan else [guidance.fake_unet]
+    guidance_adam = torch.optim.Adam(dict(params=network.parameters()) for network in trained)
+    batches = data.Batches(data.load("folder", pictures), 4, 7, "cpu")
+    rows = log_of(tmp_path)
+    for step in range(5):
+        rng, wanted = StepRandom(7, step, CPU), {}
+        z, labels = rng.normal(4, 3, 32, 32).to(memory_format=torch.channels_last), rng.integers(0, 1, 4)
+        x_gen = generator(3 * z, 3.0, labels)
+        if step % 2 == 0:
+            loss = wanted["loss_dm"] = guidance.compute_distribution_matching_loss(x_gen, labels, rng)[0]
+            if gan:
+                wanted["gen_cls_loss"] = guidance.compute_generator_cls_loss(x_gen, labels, rng)[0]
+                loss = loss + 0.1 * wanted["gen_cls_loss"]
+            wanted["generator_grad_norm"] = step_of_adam(generator_adam, loss, [3e-3], step, 5)
+            average_in(average, generator, step // 2)
+        if gan:
+            x_real, real_labels = batches(step)
+            x_real = torch.where(rng.uniform(4, 1, 1, 1) < 0.5, x_real.flip(-1), x_real)
+        loss = wanted["loss_fake"] = guidance.compute_loss_fake(x_gen, labels, rng)[0]
+        if gan:
+            wanted["cls_loss"] = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng)[0]
+            loss = loss + 0.2 * wanted["cls_loss"]
+        wanted["fake_grad_norm"] = step_of_adam(guidance_adam, loss, [5e-3, 2e-3][:len(trained)], step, 5)
+        assert {name: rows[step][name] for name in wanted} == {
+            name: pytest.approx(torch.as_tensor(value).item(), rel=0.01) for name, value in wanted.items()
+        }
+    state = checkpoint.load(tmp_path)
+
+    def part(name):
+        return {key[len(name):]: value for key, value in state["model"].items() if key.startswith(name)}
+
+    assert_as_trained(part("feedforward_model."), generator, start)
+    assert_as_trained(part("guidance_model.fake_unet."), guidance.fake_unet, start)
+    assert_as_trained(state["model_ema"], average, start)
+    assert all(torch.equal(part("guidance_model.real_unet.")[name], value) for name, value in start.items())
+
+
+def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_same_noise(tmp_path, teacher):
+    flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", *SIGMAS]
+    flags += ["--precision", "fp32", "--conditioning_sigma", "3", "--guidance_scale", "5", "--generator_lr", "1e-2"]
+    flags += ["--warmup_steps", "0", "--steps", "2", "--dfake_gen_update_ratio", "1", "--sample_every", "2"]
+    assert call(train, *flags) == 0
+
+    z, labels = image_noise(0, range(16)), torch.arange(16) % 2
+    net, state = checkpoint.ema_model(checkpoint.load(teacher)), checkpoint.load(tmp_path)
+    from_teacher = diffusion.heun_sample(diffusion.guided(net, 5), z, labels, 18, 0.01, 40)
+    from_student = checkpoint.ema_model(state)(3 * z, 3.0, labels)
+    expected = runtime.side_by_side(*(runtime.class_grid(images, 2) for images in (from_teacher, from_student)))
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "grids" / "0000002_teacher_student.png"))).movedim(2, 0)
+    assert (picture - 255 * expected).abs().max() <= 1
+    # Another network than the average, or the teacher unguided, is told apart.
+    state["model_ema"] = {name: state["model"][f"feedforward_model.{name}"] for name in state["model_ema"]}
+    for one, other in ((checkpoint.ema_model(state)(3 * z, 3.0, labels), from_student),
+                       (diffusion.heun_sample(net, z, labels, 18, 0.01, 40), from_teacher)):
+        assert (data.to_uint8(one).int() - data.to_uint8(other).int()).abs().max() > 4
+
+
+def test_a_reading_is_the_mean_of_its_steps_and_begins_anew():
+    meter = runtime.Meter(0, CPU)
+    for step, loss in enumerate((1.0, 2.0, 6.0)):
+        meter.add(step, loss=torch.tensor(loss))
+    meter.add(2, other=torch.tensor(5.0))
+    assert meter.read() == dict(loss=3.0, other=5.0) and meter.state() == {}
+
+
+def test_a_mean_over_processes_that_a_resume_restores_is_still_the_mean(monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD", 3)
+    monkeypatch.setattr(distributed, "sum_on_host", lambda numbers: numbers + numbers + numbers)
+    value = 11184814 * 2.0**-23                     # a third of its triple in float32 is another number
+    assert runtime.Meter(0, CPU, dict(loss={1: value})).state() == dict(loss={1: value})
+
+
+def test_precision_is_that_of_the_networks_products():
+    a = torch.randn(2, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
+        with runtime.autocast(CPU, precision):
+            assert (a @ a).dtype == dtype
+
+
+def test_a_second_signal_ends_the_process_but_not_the_same_one_twice(monkeypatch):
+    killed = []
+    monkeypatch.setattr(runtime.os, "kill", lambda pid, signum: killed.append(signum))
+    stop = runtime.StopSignal()
+    assert not stop
+    for _ in range(2):                              # Ctrl-C, which torchrun passes on
+        stop.handle(2, None)
+    assert stop and killed == []
+    stop.since -= 2
+    stop.handle(2, None)
+    assert killed == [2]
 
 
 def test_the_learning_rate_rises_and_then_stays_or_falls_to_zero():
