@@ -55,7 +55,7 @@ def log_of(run):
 
 
 def step_of_adam(optimizer, loss, rates, step, steps):
-    """A step at gradients of length 0.005 at most, after a rise of two steps on a cosine; returns their length before."""
+    """A step at gradients of length 0.005 at most, after a rise of two steps on a cosine; returns their length."""
     optimizer.zero_grad()
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
