@@ -87,13 +87,15 @@ STATED = [
         ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, guidance 3", "shipped_student"),
         ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make_teacher_5000"),
         ("the same, guided and autoguided", 55, "", "", "make_guided_teacher_5000"),
-        ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/in one go/student", "make_student_5000"))],
+        ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/guidance 3/student", "make_student_5000"))],
     *[(f"| {title} | {nfe} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg_resnet_calibration_test", [
         f"cifar10_jpeg_resnet_{file}#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
       for title, nfe, file in (
           ("teacher, Adam, not guided", 35, "teacher"), ("the same, guided", 45, "guided_teacher"),
-          ("student, Adam", 1, "student"), ("student, of `make cifar10`", 1, "make_student"),
+          ("student, Adam", 1, "student"), ("student, of `make cifar10`, guidance 4", 1, "make_student_guidance_4"),
+          ("student, of `make cifar10`", 1, "make_student"),
+          ("teacher, shipped, guided and autoguided", 55, "shipped_guided_teacher"),
           ("student, shipped", 1, "shipped_student"))],
     ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
      "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
@@ -110,7 +112,10 @@ STATED = [
         for percent, name in (("", "fd"), ("% ", "class_accuracy"), ("% ", "recall"))]),
     *[(f"{who} at FD {{:.2f}}, {{:.1f}} %, {{:.1f}} %", f"cifar10_jpeg_{file}", [
         "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"])
-      for who, file in (("guided teacher are", "guided_teacher_5000"), ("autoguided", "long_guided_teacher"))],
+      for who, file in (
+          ("guided teacher are", "guided_teacher_5000"), ("autoguided,", "long_guided_teacher"),
+          ("the guided teacher are", "make_guided_teacher_guidance_4"),
+          ("and of the student", "make_student_guidance_4"))],
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
     *[(f"| {who.partition(',')[0]}, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
@@ -119,9 +124,10 @@ STATED = [
       for title, run, who, at, points in (
           ("Adam (5,000 images)", "", "teacher", "", 4), ("Adam", "", "student", "@2048", 6),
           ("of `make cifar10`", "make cifar10/", "teacher", "@2048", 3),
-          ("of `make cifar10`", "make cifar10/", "student", "@2048", 4),
-          ("of the prolonged", "make cifar10/18,000 steps/", "student", "@2048", 4),
-          ("guidance 3", "make cifar10/18,000 steps/", "student, guidance 3", "@2048", 4))
+          ("of `make cifar10`, guidance 4", "make cifar10/", "student", "@2048", 4),
+          ("of `make cifar10`", "make cifar10/guidance 3/", "student", "@2048", 4),
+          ("of the prolonged, guidance 4", "make cifar10/18,000 steps/", "student", "@2048", 4),
+          ("of the prolonged", "make cifar10/18,000 steps/", "student, guidance 3", "@2048", 4))
       for i in range(points)],
     ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, that of Adam at FD {:.2f}, {:.1f} %", GUIDED, [
         f"{file}{percent}metrics/{name}@2048/mean" for file in ("cifar10_jpeg_muon_guided_teacher#", "")
@@ -213,8 +219,8 @@ SETTINGS = """
     2,048 images); after 1,200 steps; of the teacher of Adam, 32,000 steps; of 5,600 steps of Adam; of 22,000 steps;
     (5,000 images); 9,000 steps came to the loss of 32,000 of Adam; and 18,000 to a nearer teacher; not as good yet
     after 9,000 steps; After 18,000, in half; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
-    after 2,400 steps of the preset, 5,000 images; and 3,600 steps; with the state at 0.15 of the run; its step
-    3,000, did; The same 5,000 images of each network
+    after 2,400 steps of the preset; guidance of 4, 5,000 images; and 3,600 steps; with the state at 0.15 of the run;
+    its step 3,000, did; The same 5,000 images of each network; it had then, 5,000 images
 """
 
 
