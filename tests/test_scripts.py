@@ -462,8 +462,8 @@ def test_a_guide_is_kept_once_in_a_run_that_is_shortened_or_prolonged(tmp_path, 
 
 
 def test_a_run_that_diverges_leaves_no_guide(tmp_path, tree, monkeypatch, capsys):
-    weights = [1.0, 1.0, float("nan")]              # in step 3, after which the guide is due, before a log or a save
-    monkeypatch.setattr(train0.diffusion, "karras_weight", lambda sigma: weights.pop(0))
+    weights = iter([1.0, 1.0, float("nan")])        # in step 3, after which the guide is due, before a log or a save
+    monkeypatch.setattr(train0.diffusion, "karras_weight", lambda sigma: next(weights, 1.0))
     assert call(train0, *teacher_flags(tree), "--run_dir", str(tmp_path), "--steps", "9", "--save_every", "9") == 1
     assert "is nan at step 2" in capsys.readouterr().err and not (tmp_path / "guide.pt").exists()
 
