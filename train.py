@@ -283,11 +283,11 @@ def main(argv=None):
         if generator_turn:
             with runtime.autocast(device, args.precision):
                 losses, _ = model.generator_turn(x_gen, labels, rng)
+            generator_optimizer.zero_grad()
             sum(weights[name] * loss for name, loss in losses.items()).backward()
             distributed.average_gradients(generator.parameters())
             generator_grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
             generator_optimizer.step(lr_factor)
-            generator_optimizer.zero_grad()
             emas.update(generator)
             meter.add(step, **losses, generator_grad_norm=generator_grad_norm)
 
@@ -296,11 +296,11 @@ def main(argv=None):
             x_real = data.random_flip(x_real, rng)
         with runtime.autocast(device, args.precision):
             losses, log = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
+        guidance_optimizer.zero_grad()              # also of what a generator's loss may have left there
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         distributed.average_gradients(guidance_parameters)
         fake_grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
         guidance_optimizer.step(lr_factor)
-        guidance_optimizer.zero_grad()
         logits = {name: value for name, value in log.items() if value.ndim == 0}
         meter.add(step, **losses, **logits, fake_grad_norm=fake_grad_norm)
         step += 1

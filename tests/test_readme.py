@@ -100,7 +100,7 @@ STATED = [
     ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
      "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
-    ("took {:.1f} minutes with installing, and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
+    ("took {:.1f} minutes with installing and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
     ("5,000 images have at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %", "cifar10_jpeg_muon_teacher", [
         "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"]),
     ("and at FD {:.2f}, {:.1f} %, {:.1f} %", "cifar10_jpeg_muon_student", [
@@ -212,7 +212,7 @@ STATED = [
 ]
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
-    5,000 images of the;
+    5,000 images of the; it measures 10,000 images; must be 2,048 or more;
     5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real
     images; 5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048
     images; recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images);

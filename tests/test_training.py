@@ -1,6 +1,7 @@
 """The two loops against the same steps written out here, and what they log."""
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -15,6 +16,7 @@ import checkpoint
 import data
 import diffusion
 import distributed
+import guidance as guidance_module
 import runtime
 import train
 import train0
@@ -182,6 +184,16 @@ def test_the_students_loop(tmp_path, pictures, teacher, gan, monkeypatch):
     assert_as_trained(part("guidance_model.fake_unet."), guidance.fake_unet, start)
     assert_as_trained(state["model_ema"], average, start)
     assert all(torch.equal(part("guidance_model.real_unet.")[name], value) for name, value in start.items())
+
+
+def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, teacher, monkeypatch):
+    flags = ["--teacher", teacher, "--batch_size", "4", "--device", "cpu", "--steps", "2", *SIGMAS]
+    flags += ["--gen_cls_loss_weight", "0.1", "--guidance_scale", "5", "--precision", "fp32"]
+    assert call(train, *flags, "--run_dir", str(tmp_path / "a")) == 0
+    monkeypatch.setattr(guidance_module, "frozen", lambda *modules: contextlib.nullcontext())
+    assert call(train, *flags, "--run_dir", str(tmp_path / "b")) == 0
+    one, other = (checkpoint.load(tmp_path / name)["model"] for name in "ab")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_same_noise(tmp_path, teacher):
