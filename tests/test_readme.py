@@ -116,6 +116,8 @@ STATED = [
           ("guided teacher are", "guided_teacher_5000"), ("autoguided,", "long_guided_teacher"),
           ("the guided teacher are", "make_guided_teacher_guidance_4"),
           ("and of the student", "make_student_guidance_4"))],
+    ("one of seed 1 is at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %", "cifar10_jpeg_student_seed_1", [
+        "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"]),
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
     *[(f"| {who.partition(',')[0]}, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
