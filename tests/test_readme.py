@@ -319,6 +319,11 @@ def test_make_calls_the_scripts_as_they_are(target, monkeypatch, tmp_path):
         importlib.import_module(script).parse_args(flags.split())                   # raises where a flag is not one
 
 
+def test_commands_in_the_results_name_no_place_of_one_machine():
+    found = [command for path in (ROOT / "results").glob("*.json") for command in commands(json.loads(path.read_text()))]
+    assert len(found) > 50 and [command for command in found if re.search(r"[\s='\"][/~]", command)] == []
+
+
 def test_every_file_in_the_readme_exists():
     for name in re.findall(r"`([\w/]+\.(?:py|json|png|md))`", DOCUMENTS) + re.findall(r"\]\((results/[^)#]+)", README):
         if not name.startswith("runs/") and name not in ("results/evaluation.json", "grid.png"):
