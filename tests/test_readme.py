@@ -320,7 +320,8 @@ def test_make_calls_the_scripts_as_they_are(target, monkeypatch, tmp_path):
 
 
 def test_commands_in_the_results_name_no_place_of_one_machine():
-    found = [command for path in (ROOT / "results").glob("*.json") for command in commands(json.loads(path.read_text()))]
+    reports = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
+    found = [command for report in reports for command in commands(report)]
     assert len(found) > 50 and [command for command in found if re.search(r"[\s='\"][/~]", command)] == []
 
 
