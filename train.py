@@ -43,7 +43,8 @@ PRESETS = {
         conditioning_sigma=3.0, min_step_percent=0.15, max_step_percent=0.75,
     ),
     # Photographs, from the teacher of train0.py's preset of this name. No GAN: in runs of minutes it made the distance
-    # larger (results/ablation_cifar10_jpeg.json). Guidance makes it smaller, at less cost of variety where it leaves
+    # larger (results/ablation_cifar10_jpeg.json), though of a teacher of twice the steps, guided, it kept more
+    # variety (results/README.md). Guidance makes it smaller, at less cost of variety where it leaves
     # out the high noise, and with 3 instead of 4; and so does a DM loss without the least and the most noise. That
     # fake_unet learns this range alone took the distance after 1,200 steps from 11.0 to 9.1
     # (results/cifar10_tuning.md). Autoguidance gives back variety of the teacher; its guide must not be too weak

@@ -71,7 +71,7 @@ def figure():
     parts.append(text(LEFT + 8, TOP - 6, "Fréchet distance"))
     shipped = record["make cifar10"]["18,000 steps"]
     parts += runs(record["teacher"], record["student"], PALE, ("teacher, Adam", "student, Adam"))
-    parts += runs(shipped["teacher"], shipped["student, guidance 3"], STRONG, ("teacher, shipped", "student, shipped"))
+    parts += runs(shipped["teacher"], shipped["student, GAN"], STRONG, ("teacher, shipped", "student, shipped"))
     return "\n".join([*parts, "</svg>", ""])
 
 

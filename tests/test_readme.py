@@ -84,7 +84,7 @@ STATED = [
     ]) for title, nfe, time, minutes, file in (
         ("teacher, shipped", 35, "{:.1f} min ", "make cifar10/18,000 steps/teacher", "shipped_teacher"),
         ("the same, guided and autoguided", 55, "", "", "shipped_guided_teacher"),
-        ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, guidance 3", "shipped_student"),
+        ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, GAN", "shipped_student"),
         ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make_teacher_5000"),
         ("the same, guided and autoguided", 55, "", "", "make_guided_teacher_5000"),
         ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/guidance 3/student", "make_student_5000"))],
@@ -96,7 +96,7 @@ STATED = [
           ("student, Adam", 1, "student"), ("student, of `make cifar10`, guidance 4", 1, "make_student_guidance_4"),
           ("student, of `make cifar10`", 1, "make_student"),
           ("teacher, shipped, guided and autoguided", 55, "shipped_guided_teacher"),
-          ("student, shipped", 1, "shipped_student"))],
+          ("student of the same, no GAN", 1, "student_seed_0"), ("student, shipped", 1, "shipped_student"))],
     ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
      "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
@@ -116,8 +116,10 @@ STATED = [
           ("guided teacher are", "guided_teacher_5000"), ("autoguided,", "long_guided_teacher"),
           ("the guided teacher are", "make_guided_teacher_guidance_4"),
           ("and of the student", "make_student_guidance_4"))],
-    ("one of seed 1 is at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %", "cifar10_jpeg_student_seed_1", [
-        "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"]),
+    ("at FD {:.2f} with seed 0 and {:.2f} with seed 1, class accuracy {:.1f} and {:.1f} %, recall {:.1f} and {:.1f} %",
+     "cifar10_jpeg_student_seed_0", [
+        f"cifar10_jpeg_student_seed_{seed}#{percent}metrics/{name}@5000/mean"
+        for percent, name in (("", "fd"), ("% ", "class_accuracy"), ("% ", "recall")) for seed in (0, 1)]),
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
     *[(f"| {who.partition(',')[0]}, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
@@ -129,7 +131,8 @@ STATED = [
           ("of `make cifar10`, guidance 4", "make cifar10/", "student", "@2048", 4),
           ("of `make cifar10`", "make cifar10/guidance 3/", "student", "@2048", 4),
           ("of the prolonged, guidance 4", "make cifar10/18,000 steps/", "student", "@2048", 4),
-          ("of the prolonged", "make cifar10/18,000 steps/", "student, guidance 3", "@2048", 4))
+          ("of the prolonged", "make cifar10/18,000 steps/", "student, guidance 3", "@2048", 4),
+          ("of the prolonged, GAN", "make cifar10/18,000 steps/", "student, GAN", "@2048", 4))
       for i in range(points)],
     ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, that of Adam at FD {:.2f}, {:.1f} %", GUIDED, [
         f"{file}{percent}metrics/{name}@2048/mean" for file in ("cifar10_jpeg_muon_guided_teacher#", "")
@@ -168,13 +171,13 @@ STATED = [
           ("prolonged to 18,000 steps, the guide still of step 3,000", "3000"),
           ("the same, guided by its state of step 9,000", "9000"))],
     *[(f"| {title} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg_student", [
-        f"cifar10_jpeg_{file}student#{place}" for place in (
+        f"cifar10_jpeg_{file.removesuffix('#') if '#' in file else file + 'student'}#{place}" for place in (
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
       for title, file in (
           ("student, Adam", ""), ("of the same teacher, autoguided, with Muon", "autoguided_"),
           ("of the teacher of `make cifar10`, not autoguided", "muon_plain_"), ("the same, autoguided", "muon_"),
           ("of that teacher prolonged, autoguided", "long_"),
-          ("the same, `--guidance_scale 3`: shipped", "shipped_"))],
+          ("the same, `--guidance_scale 3`", "student_seed_0#"), ("the same with the GAN: shipped", "shipped_"))],
     ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
         f"{run}/curve/{i}/fd@2048"
         for run in ("autoguidance/make cifar10, guide of step 1,350", "make cifar10/student") for i in (0, 1)]),
@@ -281,7 +284,7 @@ def test_the_curve_is_drawn_from_the_results():
     drawn = runpy.run_path(str(ROOT / "results/cifar10_curve.py"))["figure"]()
     assert drawn == (ROOT / "results/cifar10_curve.svg").read_text()
     record = report(CIFAR10)
-    students = record["student"], record["make cifar10"]["18,000 steps"]["student, guidance 3"]
+    students = record["student"], record["make cifar10"]["18,000 steps"]["student, GAN"]
     distances = [point["fd@2048"] for student in students for point in student["curve"]]
     assert all(f": {distance:.2f}</title>" in drawn for distance in distances)
 
