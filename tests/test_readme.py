@@ -47,6 +47,37 @@ def row(name, title, shown, minutes=True):
     return words, name, [f"summary/{title}/{place}" for place in places]
 
 
+def network(title, evaluations, minutes, file, second):
+    """A row of the table of all networks: minutes in CIFAR10, 5,000 images in file and, if any, in second."""
+    files = [f"cifar10_jpeg_{name}" for name in (file, f"resnet_{second}") if not name.endswith("None")]
+    three = " {:.2f} | {:.1f} % | {:.1f} % |"
+    words = f"| {title} | {evaluations} | {'{:.1f} ' if minutes else ''}|{three}{three if second else ' | | |'}"
+    metrics = [f"{percent}metrics/{name}@5000/mean" for percent, name in (
+        ("", "fd"), ("% ", "class_accuracy"), ("% ", "recall"))]
+    places = [f"{name}#{place}" for name in files for place in metrics]
+    return words, CIFAR10, [*([f"{minutes}/training_minutes"] if minutes else []), *places]
+
+
+ONE_GO, PROLONGED = "make cifar10/in one go", "make cifar10/18,000 steps"
+NETWORKS = [network(*row) for row in (
+    ("teacher of Adam, 32,000 steps", 35, "teacher", "teacher", "teacher"),
+    ("guided by 4, not autoguided", 45, None, "guided_teacher_5000", "guided_teacher"),
+    ("its student, 3,600 steps", 1, "student", "student", "student"),
+    ("teacher of `make cifar10`, Muon, 9,000 steps", 35, f"{ONE_GO}/teacher", "make_teacher_5000", None),
+    ("guided by 4 and autoguided", 55, None, "make_guided_teacher_guidance_4", None),
+    ("guided by 3 and autoguided", 55, None, "make_guided_teacher_5000", None),
+    ("its student, guidance 4", 1, f"{ONE_GO}/student", "make_student_guidance_4", "make_student_guidance_4"),
+    ("its student, guidance 3: `make cifar10`", 1, "make cifar10/guidance 3/student", "make_student_5000",
+     "make_student"),
+    ("teacher, shipped: the same prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "shipped_teacher", None),
+    ("guided by 4 and autoguided", 55, None, "long_guided_teacher", None),
+    ("guided by 3 and autoguided", 55, None, "shipped_guided_teacher", "shipped_guided_teacher"),
+    ("its student, guidance 4", 1, f"{PROLONGED}/student", "long_student", None),
+    ("its student, guidance 3", 1, f"{PROLONGED}/student, guidance 3", "student_seed_0", "student_seed_0"),
+    ("the same, seed 1", 1, None, "student_seed_1", None),
+    ("the same with the GAN: student, shipped", 1, f"{PROLONGED}/student, GAN", "shipped_student", "shipped_student"),
+)]
+
 # Words of the documents with {} for each number, the file in results/ that has them, and where: a/b/c, "file#a/b/c" for
 # one of another file, "% a" for a fraction in percent, "+ */a" for a sum over parts.
 STATED = [
@@ -71,10 +102,6 @@ STATED = [
         (PHOTOS, "teacher, 1 evaluation", "teacher, 1 evaluation"),
         (PHOTOS, "teacher, 35 evaluations", "teacher, 35 evaluations"),
     )],
-    *[(f"| {shown} | {{:.2f}} | {{:.1f}} % | {{:.1f}} |", "cifar10_guidance",
-       [f"summary/guidance_scale {scale}/{place}" for place in (FD, ACCURACY, MINUTES)])
-      for scale, shown in (("1", "`--guidance_scale 1`, none"), ("1.5", "`--guidance_scale 1.5`"),
-                           ("2", "`--guidance_scale 2`"))],
     ("The floor: 5,000 fresh images of the dataset itself are at {:.2f}", "calibration_fresh_shapes",
      ["metrics/fd@5000/mean"]),
     *[(f"| {title} | {nfe} | {time}| {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} |", CIFAR10, [
@@ -88,61 +115,40 @@ STATED = [
         ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make_teacher_5000"),
         ("the same, guided and autoguided", 55, "", "", "make_guided_teacher_5000"),
         ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/guidance 3/student", "make_student_5000"))],
-    *[(f"| {title} | {nfe} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg_resnet_calibration_test", [
-        f"cifar10_jpeg_resnet_{file}#{place}" for place in (
-            "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
-      for title, nfe, file in (
-          ("teacher, Adam, not guided", 35, "teacher"), ("the same, guided", 45, "guided_teacher"),
-          ("student, Adam", 1, "student"), ("student, of `make cifar10`, guidance 4", 1, "make_student_guidance_4"),
-          ("student, of `make cifar10`", 1, "make_student"),
-          ("teacher, shipped, guided and autoguided", 55, "shipped_guided_teacher"),
-          ("student of the same, no GAN", 1, "student_seed_0"), ("student, shipped", 1, "shipped_student"))],
-    ("trained in {:.1f} minutes: a residual network of 256 features, right for {:.2f} % of the test images, which are "
-     "at FD {:.2f}", "cifar10_jpeg_resnet_calibration_test", [
+    *NETWORKS,
+    ("trained in {:.1f} minutes: right for {:.2f} % of the test images, which are at FD {:.2f}",
+     "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
     ("took {:.1f} minutes with installing and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
-    ("5,000 images have at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %", "cifar10_jpeg_muon_teacher", [
-        "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"]),
-    ("and at FD {:.2f}, {:.1f} %, {:.1f} %", "cifar10_jpeg_muon_student", [
-        "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"]),
     ("by 10,000 images, its teacher is at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %, its student at "
      "FD {:.2f}, {:.1f} %, {:.1f} %", "cifar10_jpeg_make_teacher", [
         f"cifar10_jpeg_make_{who}#{percent}metrics/{name}/mean"
         for who in ("teacher", "student")
         for percent, name in (("", "fd"), ("% ", "class_accuracy"), ("% ", "recall"))]),
-    *[(f"{who} at FD {{:.2f}}, {{:.1f}} %, {{:.1f}} %", f"cifar10_jpeg_{file}", [
-        "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean"])
-      for who, file in (
-          ("guided teacher are", "guided_teacher_5000"), ("autoguided,", "long_guided_teacher"),
-          ("the guided teacher are", "make_guided_teacher_guidance_4"),
-          ("and of the student", "make_student_guidance_4"))],
     ("at FD {:.2f} with seed 0 and {:.2f} with seed 1, class accuracy {:.1f} and {:.1f} %, recall {:.1f} and {:.1f} %",
      "cifar10_jpeg_student_seed_0", [
         f"cifar10_jpeg_student_seed_{seed}#{percent}metrics/{name}@5000/mean"
         for percent, name in (("", "fd"), ("% ", "class_accuracy"), ("% ", "recall")) for seed in (0, 1)]),
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
-    *[(f"| {who.partition(',')[0]}, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
-        f"{run}{who}/curve/{i}/{place}" for place in ("steps", "minutes")] + [
-        f"{run}{who}/curve/{i}/fd{at}", f"% {run}{who}/curve/{i}/class_accuracy{at}"])
-      for title, run, who, at, points in (
-          ("Adam (5,000 images)", "", "teacher", "", 4), ("Adam", "", "student", "@2048", 6),
-          ("of `make cifar10`", "make cifar10/", "teacher", "@2048", 3),
-          ("of `make cifar10`, guidance 4", "make cifar10/", "student", "@2048", 4),
-          ("of `make cifar10`", "make cifar10/guidance 3/", "student", "@2048", 4),
-          ("of the prolonged, guidance 4", "make cifar10/18,000 steps/", "student", "@2048", 4),
-          ("of the prolonged", "make cifar10/18,000 steps/", "student, guidance 3", "@2048", 4),
-          ("of the prolonged, GAN", "make cifar10/18,000 steps/", "student, GAN", "@2048", 4))
-      for i in range(points)],
-    ("of `make cifar10` is at FD {:.2f}, recall {:.1f} %, that of Adam at FD {:.2f}, {:.1f} %", GUIDED, [
-        f"{file}{percent}metrics/{name}@2048/mean" for file in ("cifar10_jpeg_muon_guided_teacher#", "")
-        for percent, name in (("", "fd"), ("% ", "recall"))]),
+    *[(f"| {title} | {minutes and '{:.1f} '}| {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |", CIFAR10, [
+        *([f"{run}/training_minutes"] if minutes else []), *(f"{run}/curve/{i}/fd@2048" for i in range(4))])
+      for title, run, minutes in (
+          ("the teacher of `make cifar10`", "make cifar10/guidance 3/student", True),
+          ("the shipped teacher", "make cifar10/18,000 steps/student, guidance 3", True),
+          ("the same, seed 1", "make cifar10/18,000 steps/student, guidance 3, seed 1", ""),
+          ("the same, GAN", "make cifar10/18,000 steps/student, GAN", True))],
+    *[("| Adam | {:,} | {:.1f} | {:.2f} | {:.1f} % |", CIFAR10, [
+        *(f"teacher/curve/{i}/{place}" for place in ("steps", "minutes", "fd")), f"% teacher/curve/{i}/class_accuracy"])
+      for i in range(4)],
+    *[(f"| Muon, {title} | {{:,}} | {{:.1f}} | {{:.2f}} | {{:.1f}} % |", CIFAR10, [
+        *(f"make cifar10/{run}/teacher/{place}" for place in ("steps", "training_minutes")), *(
+            f"cifar10_jpeg_{file}#{percent}metrics/{name}@5000/mean"
+            for percent, name in (("", "fd"), ("% ", "class_accuracy")))])
+      for title, run, file in (
+          ("`make cifar10`", "in one go", "make_teacher_5000"), ("prolonged", "18,000 steps", "shipped_teacher"))],
     ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
      "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
-    ("| teacher, prolonged (5,000 images) | {:,} | {:.1f} | {:.2f} | {:.1f} % |", CIFAR10, [
-        *(f"make cifar10/18,000 steps/teacher/{place}" for place in ("steps", "training_minutes")), *(
-            f"cifar10_jpeg_shipped_teacher#{percent}metrics/{name}@5000/mean"
-            for percent, name in (("", "fd"), ("% ", "class_accuracy")))]),
     *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
         f"guidance/{scale}/curve/-1/fd@2048", *(
             f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
@@ -170,14 +176,6 @@ STATED = [
       for title, guide in (
           ("prolonged to 18,000 steps, the guide still of step 3,000", "3000"),
           ("the same, guided by its state of step 9,000", "9000"))],
-    *[(f"| {title} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", "cifar10_jpeg_student", [
-        f"cifar10_jpeg_{file.removesuffix('#') if '#' in file else file + 'student'}#{place}" for place in (
-            "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean")])
-      for title, file in (
-          ("student, Adam", ""), ("of the same teacher, autoguided, with Muon", "autoguided_"),
-          ("of the teacher of `make cifar10`, not autoguided", "muon_plain_"), ("the same, autoguided", "muon_"),
-          ("of that teacher prolonged, autoguided", "long_"),
-          ("the same, `--guidance_scale 3`", "student_seed_0#"), ("the same with the GAN: shipped", "shipped_"))],
     ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
         f"{run}/curve/{i}/fd@2048"
         for run in ("autoguidance/make cifar10, guide of step 1,350", "make cifar10/student") for i in (0, 1)]),
@@ -217,15 +215,15 @@ STATED = [
 ]
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
-    5,000 images of the; it measures 10,000 images; must be 2,048 or more;
-    5,000 images to the 50,000 training images; 5,000 one-step images; KID, precision and recall of 10,000 real
-    images; 5,000 images, mean and standard deviation; FD of 2,048 images; of 2,048 images; one seed each, 2,048
-    images; recall by 10,000 real images; whose evaluations are 35 times as many; (45 evaluations, 2,048 images);
-    2,048 images); after 1,200 steps; of the teacher of Adam, 32,000 steps; of 5,600 steps of Adam; of 22,000 steps;
-    (5,000 images); 9,000 steps came to the loss of 32,000 of Adam; and 18,000 to a nearer teacher; not as good yet
-    after 9,000 steps; After 18,000, in half; own state at 5,600 steps; noise of 0.15 and 5; method, 2,048 images;
-    after 2,400 steps of the preset; guidance of 4, 5,000 images; and 3,600 steps; with the state at 0.15 of the run;
-    its step 3,000, did; The same 5,000 images of each network; it had then, 5,000 images
+    it measures 10,000 images; Measuring needs 2,048 or more; 5,000 images to the 50,000 training images;
+    5,000 images of each against; FD of 2,048 images; Teachers, 5,000 images; 5,000 one-step images; by 10,000 images;
+    KID, precision and recall of 10,000 real images; 5,000 images, mean and standard deviation; of 2,048 images;
+    one seed each, 2,048 images; recall by 10,000 real images; whose evaluations are 35 times as many; after 1,200
+    steps; Heun's method, 2,048 images; 2,048 images); minutes for all 2,400; | 600 | 1,200 | 1,800 | 2,400 |;
+    teacher of Adam, 32,000 steps; of 5,600 steps of Adam; own state at 5,600 steps; had one cosine to 9,000 steps;
+    9,000 steps came to the loss of 32,000 of Adam; and 18,000 to a nearer; not as good yet after 9,000 steps; after
+    18,000 steps, in half; noise levels 0.15 and 5; noise of 0.15 and 5; with the state at 0.15 of the run; its step
+    3,000, did
 """
 
 
