@@ -87,6 +87,13 @@ def path(text):
     return text
 
 
+def file(text):
+    """An argparse type: a file that is there."""
+    if not os.path.isfile(path(text)):
+        raise argparse.ArgumentTypeError(f"no file {text!r}")
+    return text
+
+
 def writable(path):
     """Whether a file or folder of this name could be made or replaced, its folders made where they are not there."""
     path = Path(path).resolve()
@@ -187,11 +194,11 @@ def add_guidance(parser, whose):
 def add_features(parser):
     """Flags of what measures images."""
     parser.add_argument(
-        "--feature_extractor", type=path, help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or "
+        "--feature_extractor", type=file, help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or "
         "(features, logits); a program: from people you trust. Default: Inception, fetched on first use",
     )
     parser.add_argument(
-        "--inception_weights", type=path, help="where Inception's weights are; default: torch.hub's folder"
+        "--inception_weights", type=file, help="where Inception's weights are; default: torch.hub's folder"
     )
     parser.add_argument(
         "--cache_dir", type=path, default="~/.cache/dmd2", help="keeps the features of datasets, by content"

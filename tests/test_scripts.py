@@ -726,6 +726,8 @@ WRONG = [
     (train0, ["--dataset", "shapes", "--device", "meta"], "--device"),
     (train0, ["--resume", "--overwrite"], "exclude one another"),
     (train0, ["--dataset", "folder", "--data_dir", "no_such_folder"], "no_such_folder"),
+    # Before the dataset is read, or downloaded.
+    (train0, ["--data_dir", "no_such_folder", "--eval_every", "5", "--feature_extractor", "no.pt2"], "no.pt2"),
     (train0, ["--dataset", "folder", "--data_dir", "{broken}"], "dog/1.png"),
     (train0, ["--dataset", "shapes", "--channels", "12"], "--channels"),
     (train0, ["--dataset", "shapes", "--batch_size", "1.5"], "--batch_size"),
