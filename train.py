@@ -42,12 +42,12 @@ PRESETS = {
         gen_cls_loss_weight=3e-2, diffusion_gan_max_timestep=600,
         conditioning_sigma=3.0, min_step_percent=0.15, max_step_percent=0.75,
     ),
-    # Photographs, from the teacher of train0.py's preset of this name. No GAN: in runs of minutes it made the distance
-    # larger (results/ablation_cifar10_jpeg.json); with a guided teacher of twice the steps it kept more variety, which
-    # was not tried with this one. Guidance makes the distance smaller, at less cost of variety where it leaves out the
-    # high noise, and with 3 instead of 4; and so does a DM loss without the least and the most noise. That fake_unet
-    # learns this range alone took the distance after 1,200 steps from 11.0 to 9.1 (results/cifar10_tuning.md).
-    # Autoguidance gives back variety of the teacher; its guide must not be too weak (results/README.md).
+    # Photographs, from the teacher of train0.py's preset of this name. No GAN: it took half as much time again for more
+    # variety, but no less distance (results/README.md). Guidance makes the distance smaller, at less cost of variety
+    # where it leaves out the high noise, and with 3 instead of 4; and so does a DM loss without the least and the most
+    # noise. That fake_unet learns this range alone took the distance after 1,200 steps from 11.0 to 9.1
+    # (results/cifar10_tuning.md). Autoguidance gives back variety of the teacher; its guide must not be too weak
+    # (results/README.md).
     "cifar10": dict(
         batch_size=64, steps=2400, optimizer="muon", dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3,
         ema_decay=0.97, guidance_scale=3.0, guidance_interval=[0.15, 5.0], autoguidance_scale=2.0,

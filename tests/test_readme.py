@@ -70,12 +70,13 @@ NETWORKS = [network(*row) for row in (
     ("its student, guidance 4", 1, f"{ONE_GO}/student", "make_student_guidance_4", "make_student_guidance_4"),
     ("its student, guidance 3: `make cifar10`", 1, "make cifar10/guidance 3/student", "make_student_5000",
      "make_student"),
+    ("the same with the GAN", 1, "make cifar10/guidance 3/student, GAN", "make_student_gan", "make_student_gan"),
     ("teacher, shipped: the same prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "shipped_teacher", None),
     ("guided by 4 and autoguided", 55, None, "long_guided_teacher", None),
     ("guided by 3 and autoguided", 55, None, "shipped_guided_teacher", "shipped_guided_teacher"),
-    ("its student, guidance 4", 1, f"{PROLONGED}/student", "long_student", None),
+    ("its student, guidance 4", 1, f"{PROLONGED}/student", "long_student", "long_student"),
     ("its student, guidance 3", 1, f"{PROLONGED}/student, guidance 3", "student_seed_0", "student_seed_0"),
-    ("the same, seed 1", 1, None, "student_seed_1", None),
+    ("the same, seed 1", 1, None, "student_seed_1", "student_seed_1"),
     ("the same with the GAN: student, shipped", 1, f"{PROLONGED}/student, GAN", "shipped_student", "shipped_student"),
 )]
 
