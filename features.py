@@ -86,7 +86,7 @@ def train(net, dataset, recipe, args, device):
     precision = args.precision if recipe["precision"] == "auto" else recipe["precision"]
     optimizer = Optimizer(recipe["optimizer"], {net: recipe["lr"]}, runtime.uses_bf16(device, precision))
     steps = args.epochs * math.ceil(len(images) / BATCH_SIZE)
-    rows = (rows for _ in range(args.epochs) for rows in torch.randperm(len(images)).split(BATCH_SIZE))
+    rows = (rows for _ in range(args.epochs) for rows in torch.randperm(len(images)).to(device).split(BATCH_SIZE))
     for step, batch in enumerate(tqdm(rows, total=steps, unit="step")):
         x = recipe["vary"](images[batch].float(), args.flip, StepRandom(args.seed, step, device))   # [B, 3, 32, 32]
         with runtime.autocast(device, precision):
