@@ -44,7 +44,7 @@ def sampler(state, device, num_steps=18, guidance=None, compile=False):
     net, guidance = checkpoint.ema_model(state, device), guidance or {}
     for network in filter(None, (net, guidance.get("guide"))):
         if compile:
-            network.compile(dynamic=False)          # the last batch may be smaller: a second graph, no slower one for all
+            network.compile(dynamic=False)          # a smaller last batch: a second graph, no slower one for all
     if state["kind"] == "student":
         sigmas = state["denoising_sigmas"]
         return torch.no_grad()(lambda z, labels, renoise: diffusion.few_step_sample(net, z, labels, sigmas, renoise))
