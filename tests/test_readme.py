@@ -184,6 +184,9 @@ STATED = [
       for title, guide in (
           ("prolonged to 18,000 steps, the guide still of step 3,000", "3000"),
           ("the same, guided by its state of step 9,000", "9000"))],
+    ("| 32 channels | | {:.4f} | {:.4f} | {:.4f} |", "heldout_loss_widths", [f"rows/{i}/mean" for i in range(3)]),
+    ("| 64 channels | {:.4f} | {:.4f} | {:.4f} | {:.4f} |", "heldout_loss_widths", [
+        f"rows/{i}/mean" for i in range(3, 7)]),
     ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
         f"{run}/curve/{i}/fd@2048"
         for run in ("autoguidance/make cifar10, guide of step 1,350", "make cifar10/student") for i in (0, 1)]),
