@@ -187,6 +187,8 @@ STATED = [
     ("| 32 channels | | {:.4f} | {:.4f} | {:.4f} |", "heldout_loss_widths", [f"rows/{i}/mean" for i in range(3)]),
     ("| 64 channels | {:.4f} | {:.4f} | {:.4f} | {:.4f} |", "heldout_loss_widths", [
         f"rows/{i}/mean" for i in range(3, 7)]),
+    ("180 steps of 512 images in {:.1f} minutes, to a held-out loss of {:.4f}", "heldout_loss_gpu_preset", [
+        "cifar10_jpeg#cifar10_gpu on a CPU/teacher/training_minutes", "rows/0/mean"]),
     ("FD {:.2f} after 600 steps and {:.2f} after 1,200, where it was stopped, instead of {:.2f} and {:.2f}", CIFAR10, [
         f"{run}/curve/{i}/fd@2048"
         for run in ("autoguidance/make cifar10, guide of step 1,350", "make cifar10/student") for i in (0, 1)]),
