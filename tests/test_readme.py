@@ -87,6 +87,8 @@ STATED = [
         f"measured/{who}/metrics/fd@5000/mean"
         for who in ("teacher, 35 evaluations", "student, 1 evaluation", "teacher, 1 evaluation")
     ]),
+    ("had {:.2f} and {:.2f}", DEMO, [f"earlier/measured/{who}/metrics/fd@5000/mean" for who in (
+        "teacher, 35 evaluations", "student, 1 evaluation")]),
     ("The demo took {:.1f} minutes", DEMO, ["minutes"]),
     ("only {:.1f} % for the teacher and {:.1f} % for the student", DEMO, [
         f"% measured/{who}/metrics/precision@5000/mean"
