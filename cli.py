@@ -87,13 +87,6 @@ def path(text):
     return text
 
 
-def file(text):
-    """An argparse type: a file that is there."""
-    if not os.path.isfile(path(text)):
-        raise argparse.ArgumentTypeError(f"no file {text!r}")
-    return text
-
-
 def writable(path):
     """Whether a file or folder of this name could be made or replaced, its folders made where they are not there."""
     path = Path(path).resolve()
@@ -194,15 +187,23 @@ def add_guidance(parser, whose):
 def add_features(parser):
     """Flags of what measures images."""
     parser.add_argument(
-        "--feature_extractor", type=file, help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or "
+        "--feature_extractor", type=path, help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or "
         "(features, logits); a program: from people you trust. Default: Inception, fetched on first use",
     )
     parser.add_argument(
-        "--inception_weights", type=file, help="where Inception's weights are; default: torch.hub's folder"
+        "--inception_weights", type=path, help="where Inception's weights are; default: torch.hub's folder"
     )
     parser.add_argument(
         "--cache_dir", type=path, default="~/.cache/dmd2", help="keeps the features of datasets, by content"
     )
+
+
+def check_features(args):
+    """Raise UsageError if a file of add_features is not there: now, and not after a dataset was downloaded."""
+    for name in ("feature_extractor", "inception_weights"):
+        given = getattr(args, name)
+        if given and not os.path.isfile(given):
+            raise UsageError(f"--{name}: no file {given}")
 
 
 def extractor(args, device):
@@ -286,6 +287,8 @@ def parse_training(parser, kind, presets, argv=None, fixed=()):
         none_yet = name == "dataset" and saved is None          # a student without a GAN that was not measured either
         if getattr(args, name) != saved and not none_yet:
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
+    if args.eval_every:
+        check_features(args)
     args.stamp = seen
     return args, state
 

@@ -73,6 +73,7 @@ def parse_args(argv=None):
         args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     if Path(args.out).is_dir() or not cli.writable(args.out):
         parser.error(f"cannot write --out {args.out}")
+    cli.check_features(args)
     return args
 
 

@@ -50,7 +50,7 @@ def row(name, title, shown, minutes=True):
 
 def network(title, evaluations, minutes, file, second):
     """A row of the table of all networks: minutes in CIFAR10, 5,000 images in file and, if any, in second."""
-    files = [f"cifar10_jpeg_{name}" for name in (file, f"resnet_{second}") if not name.endswith("None")]
+    files = [f"cifar10_jpeg_{file}", *([f"cifar10_jpeg_resnet_{second}"] if second else [])]
     three = " {:.2f} | {:.1f} % | {:.1f} % |"
     words = f"| {title} | {evaluations} | {'{:.1f} ' if minutes else ''}|{three}{three if second else ' | | |'}"
     metrics = [f"{percent}metrics/{name}@5000/mean" for percent, name in (

@@ -775,6 +775,15 @@ def test_a_wrong_call_is_one_line_exit_code_2_and_writes_nothing(
     assert [read(f"{run}/checkpoint.pt") for run in (teacher, student)] == saved
 
 
+def test_a_feature_network_that_has_gone_hinders_only_who_measures(tmp_path, capsys):
+    flags = [*TINY, "--dataset", "shapes", "--channels", "8", "--feature_extractor", "gone.pt2", "--run_dir"]
+    run = str(tmp_path / "run")
+    assert call(train0, *flags, run, "--steps", "1") == 0
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "2", "--eval_every", "1") == 2
+    assert "gone.pt2" in capsys.readouterr().err.splitlines()[-1]
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "2") == 0
+
+
 def test_weights_of_another_width_than_the_checkpoint_says_are_one_line(tmp_path, teacher, capsys):
     state = checkpoint.load(teacher)
     state["model_config"]["channels"] = 16
