@@ -87,10 +87,11 @@ STATED = [
         f"measured/{who}/metrics/fd@5000/mean"
         for who in ("teacher, 35 evaluations", "student, 1 evaluation", "teacher, 1 evaluation")
     ]),
-    ("had {:.2f} and {:.2f}", DEMO, [f"earlier/measured/{who}/metrics/fd@5000/mean" for who in (
-        "teacher, 35 evaluations", "student, 1 evaluation")]),
+    ("had FD {:.2f} for the teacher and {:.2f} for the student, where today's has {:.2f} and {:.2f}", DEMO, [
+        f"{when}measured/{who}/metrics/fd@5000/mean"
+        for when in ("earlier/", "") for who in ("teacher, 35 evaluations", "student, 1 evaluation")]),
     ("The demo took {:.1f} minutes", DEMO, ["minutes"]),
-    ("only {:.1f} % for the teacher and {:.1f} % for the student", DEMO, [
+    ("is {:.1f} % for the teacher and {:.1f} % for the student", DEMO, [
         f"% measured/{who}/metrics/precision@5000/mean"
         for who in ("teacher, 35 evaluations", "student, 1 evaluation")
     ]),
