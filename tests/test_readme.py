@@ -59,19 +59,23 @@ def network(title, evaluations, minutes, file, second):
     return words, CIFAR10, [*([f"{minutes}/training_minutes"] if minutes else []), *places]
 
 
-ONE_GO, PROLONGED = "make cifar10/in one go", "make cifar10/18,000 steps"
+ONE_GO, EARLIER, PROLONGED = (
+    f"make cifar10/{run}" for run in ("in one go", "in one go, guidance 4", "18,000 steps"))
 NETWORKS = [network(*row) for row in (
     ("teacher of Adam, 32,000 steps", 35, "teacher", "teacher", "teacher"),
     ("guided by 4, not autoguided", 45, None, "guided_teacher_5000", "guided_teacher"),
     ("its student, 3,600 steps", 1, "student", "student", "student"),
-    ("teacher of `make cifar10`, Muon, 9,000 steps", 35, f"{ONE_GO}/teacher", "make_teacher_5000", None),
+    ("teacher of `make cifar10`, Muon, 9,000 steps", 35, f"{ONE_GO}/teacher", "make2_teacher_5000", None),
+    ("guided by 3 and autoguided", 55, None, "make2_guided_teacher_5000", None),
+    ("its student: `make cifar10`", 1, f"{ONE_GO}/student", "make2_student_5000", None),
+    ("teacher of an earlier `make cifar10`, alike", 35, f"{EARLIER}/teacher", "make_teacher_5000", None),
     ("guided by 4 and autoguided", 55, None, "make_guided_teacher_guidance_4", None),
     ("guided by 3 and autoguided", 55, None, "make_guided_teacher_5000", None),
-    ("its student, guidance 4", 1, f"{ONE_GO}/student", "make_student_guidance_4", "make_student_guidance_4"),
-    ("its student, guidance 3: `make cifar10`", 1, "make cifar10/guidance 3/student", "make_student_5000",
+    ("its student, guidance 4", 1, f"{EARLIER}/student", "make_student_guidance_4", "make_student_guidance_4"),
+    ("its student, guidance 3, as today", 1, "make cifar10/guidance 3/student", "make_student_5000",
      "make_student"),
     ("the same with the GAN", 1, "make cifar10/guidance 3/student, GAN", "make_student_gan", "make_student_gan"),
-    ("teacher, shipped: the same prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "shipped_teacher", None),
+    ("teacher, shipped: the earlier one prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "shipped_teacher", None),
     ("guided by 4 and autoguided", 55, None, "long_guided_teacher", None),
     ("guided by 3 and autoguided", 55, None, "shipped_guided_teacher", "shipped_guided_teacher"),
     ("its student, guidance 4", 1, f"{PROLONGED}/student", "long_student", "long_student"),
@@ -117,9 +121,9 @@ STATED = [
         ("teacher, shipped", 35, "{:.1f} min ", "make cifar10/18,000 steps/teacher", "shipped_teacher"),
         ("the same, guided and autoguided", 55, "", "", "shipped_guided_teacher"),
         ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, GAN", "shipped_student"),
-        ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make_teacher_5000"),
-        ("the same, guided and autoguided", 55, "", "", "make_guided_teacher_5000"),
-        ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/guidance 3/student", "make_student_5000"))],
+        ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make2_teacher_5000"),
+        ("the same, guided and autoguided", 55, "", "", "make2_guided_teacher_5000"),
+        ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/in one go/student", "make2_student_5000"))],
     *NETWORKS,
     ("trained in {:.1f} minutes: right for {:.2f} % of the test images, which are at FD {:.2f}",
      "cifar10_jpeg_resnet_calibration_test", [
@@ -134,18 +138,23 @@ STATED = [
           ("student", 1, "student"))],
     ("10,000 real test images are at {:.2f}, and the classifier recognises {:.2f} % of them", "calibration_test", [
         "metrics/fd/mean", "% feature_network_accuracy"]),
-    ("took {:.1f} minutes with installing and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
+    ("took {:.1f} minutes from nothing, with installing and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
     ("by 10,000 images, its teacher is at FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} %, its student at "
-     "FD {:.2f}, {:.1f} %, {:.1f} %", "cifar10_jpeg_make_teacher", [
-        f"cifar10_jpeg_make_{who}#{percent}metrics/{name}/mean"
+     "FD {:.2f}, {:.1f} %, {:.1f} %", "cifar10_jpeg_make2_teacher", [
+        f"cifar10_jpeg_make2_{who}#{percent}metrics/{name}/mean"
         for who in ("teacher", "student")
         for percent, name in (("", "fd"), ("% ", "class_accuracy"), ("% ", "recall"))]),
+    ("those of the earlier run at {:.2f} and {:.2f}", "cifar10_jpeg_make_teacher", [
+        f"cifar10_jpeg_make_{who}#metrics/fd/mean" for who in ("teacher", "student")]),
+    ("teachers at {:.2f} and {:.2f}, guided and autoguided {:.2f} and {:.2f}, and students at {:.2f} and {:.2f}",
+     CIFAR10, [f"cifar10_jpeg_{run}_{who}_5000#metrics/fd@5000/mean"
+               for who in ("teacher", "guided_teacher", "student") for run in ("make", "make2")]),
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
     *[(f"| {title} | {minutes and '{:.1f} '}| {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |", CIFAR10, [
         *([f"{run}/training_minutes"] if minutes else []), *(f"{run}/curve/{i}/fd@2048" for i in range(4))])
       for title, run, minutes in (
-          ("the teacher of `make cifar10`", "make cifar10/guidance 3/student", True),
+          ("the teacher of the earlier `make cifar10`", "make cifar10/guidance 3/student", True),
           ("the shipped teacher", "make cifar10/18,000 steps/student, guidance 3", True),
           ("the same, seed 1", "make cifar10/18,000 steps/student, guidance 3, seed 1", ""),
           ("the same, GAN", "make cifar10/18,000 steps/student, GAN", True))],
@@ -157,7 +166,7 @@ STATED = [
             f"cifar10_jpeg_{file}#{percent}metrics/{name}@5000/mean"
             for percent, name in (("", "fd"), ("% ", "class_accuracy")))])
       for title, run, file in (
-          ("`make cifar10`", "in one go", "make_teacher_5000"), ("prolonged", "18,000 steps", "shipped_teacher"))],
+          ("the earlier `make cifar10`", "in one go, guidance 4", "make_teacher_5000"), ("prolonged", "18,000 steps", "shipped_teacher"))],
     ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
      "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
     *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
