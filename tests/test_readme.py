@@ -149,6 +149,11 @@ STATED = [
     ("teachers at {:.2f} and {:.2f}, guided and autoguided {:.2f} and {:.2f}, and students at {:.2f} and {:.2f}",
      CIFAR10, [f"cifar10_jpeg_{run}_{who}_5000#metrics/fd@5000/mean"
                for who in ("teacher", "guided_teacher", "student") for run in ("make", "make2")]),
+    ("its teacher {:.2f}, guided {:.2f}, its student {:.2f}", "cifar10_jpeg_make_teacher_5000", [
+        f"cifar10_jpeg_make_{who}_5000#metrics/fd@5000/mean" for who in ("teacher", "guided_teacher", "student")]),
+    *[("on both CPUs, are at {:.2f} and {:.2f} on either", f"cifar10_jpeg_shipped_student{cpu}", [
+        f"cifar10_jpeg_shipped_{who}{cpu}#metrics/fd@5000/mean" for who in ("student", "teacher")])
+      for cpu in ("", "_xeon")],
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
     *[(f"| {title} | {minutes and '{:.1f} '}| {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |", CIFAR10, [
