@@ -82,6 +82,7 @@ NETWORKS = [network(*row) for row in (
     ("its student, guidance 3", 1, f"{PROLONGED}/student, guidance 3", "student_seed_0", "student_seed_0"),
     ("the same, seed 1", 1, None, "student_seed_1", "student_seed_1"),
     ("the same with the GAN: student, shipped", 1, f"{PROLONGED}/student, GAN", "shipped_student", "shipped_student"),
+    ("with three times its weight, 1e-2", 1, f"{PROLONGED}/student, GAN, weight 1e-2", "student_gan_1e_2", None),
 )]
 
 # Words of the documents with {} for each number, the file in results/ that has them, and where: a/b/c, "file#a/b/c" for
@@ -174,6 +175,7 @@ STATED = [
           ("the earlier `make cifar10`", "in one go, guidance 4", "make_teacher_5000"), ("prolonged", "18,000 steps", "shipped_teacher"))],
     ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
      "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
+    ("whose distances are smaller, is at {:.4f}", "heldout_loss_make2", ["rows/0/mean"]),
     *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
         f"guidance/{scale}/curve/-1/fd@2048", *(
             f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
