@@ -68,6 +68,7 @@ NETWORKS = [network(*row) for row in (
     ("teacher of `make cifar10`, Muon, 9,000 steps", 35, f"{ONE_GO}/teacher", "make2_teacher_5000", None),
     ("guided by 3 and autoguided", 55, None, "make2_guided_teacher_5000", None),
     ("its student: `make cifar10`", 1, f"{ONE_GO}/student", "make2_student_5000", None),
+    ("the same, seed 1", 1, f"{ONE_GO}/student, seed 1", "make2_student_seed_1", None),
     ("teacher of an earlier `make cifar10`, alike", 35, f"{EARLIER}/teacher", "make_teacher_5000", None),
     ("guided by 4 and autoguided", 55, None, "make_guided_teacher_guidance_4", None),
     ("guided by 3 and autoguided", 55, None, "make_guided_teacher_5000", None),
