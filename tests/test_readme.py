@@ -76,7 +76,8 @@ NETWORKS = [network(*row) for row in (
     ("its student, guidance 3, as today", 1, "make cifar10/guidance 3/student", "make_student_5000",
      "make_student"),
     ("the same with the GAN", 1, "make cifar10/guidance 3/student, GAN", "make_student_gan", "make_student_gan"),
-    ("teacher, shipped: the earlier one prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "shipped_teacher", None),
+    ("teacher, shipped: the earlier one prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "shipped_teacher",
+     None),
     ("guided by 4 and autoguided", 55, None, "long_guided_teacher", None),
     ("guided by 3 and autoguided", 55, None, "shipped_guided_teacher", "shipped_guided_teacher"),
     ("its student, guidance 4", 1, f"{PROLONGED}/student", "long_student", "long_student"),
@@ -173,7 +174,8 @@ STATED = [
             f"cifar10_jpeg_{file}#{percent}metrics/{name}@5000/mean"
             for percent, name in (("", "fd"), ("% ", "class_accuracy")))])
       for title, run, file in (
-          ("the earlier `make cifar10`", "in one go, guidance 4", "make_teacher_5000"), ("prolonged", "18,000 steps", "shipped_teacher"))],
+          ("the earlier `make cifar10`", "in one go, guidance 4", "make_teacher_5000"),
+          ("prolonged", "18,000 steps", "shipped_teacher"))],
     ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
      "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
     ("whose distances are smaller, is at {:.4f}", "heldout_loss_make2", ["rows/0/mean"]),
