@@ -441,11 +441,11 @@ def small_teacher():
     return net
 
 
-def distilled_shares(teacher, gan, f_div="rkl", losses_used=("loss_dm", "gen_cls_loss"), steps=800, n=256):
+def distilled_shares(teacher, gan, steps=800, n=256):
     """Share of 4000 samples within 4 standard deviations of each mode; one fake update per generator update."""
     torch.manual_seed(0)
     labels = torch.zeros(n, dtype=torch.long)
-    model = UnifiedModel(teacher, gan=gan, f_div=f_div)
+    model = UnifiedModel(teacher, gan=gan)
     generator, guidance = model.feedforward_model, model.guidance_model
     guidance.real_unet = MixtureDenoiser()
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=5e-4, betas=(0.5, 0.99))
@@ -455,7 +455,7 @@ def distilled_shares(teacher, gan, f_div="rkl", losses_used=("loss_dm", "gen_cls
         x_gen = model.generate(rng.normal(n, 2, 1, 1), labels, rng)
         losses, _ = model.generator_turn(x_gen, labels, rng)
         generator_optimizer.zero_grad()
-        sum(loss for name, loss in losses.items() if name in losses_used).backward()
+        sum(losses.values()).backward()
         generator_optimizer.step()
         losses, _ = model.guidance_turn(x_gen, labels, rng, real_points(rng, n), labels)
         guidance_optimizer.zero_grad()
@@ -471,9 +471,3 @@ def test_with_one_fake_update_per_turn_dm_alone_loses_modes_and_the_gan_reaches_
     alone, with_gan = (distilled_shares(small_teacher, gan) for gan in (False, True))
     assert alone.min() < 0.01
     assert with_gan.min() > 0.03
-
-
-def test_the_forward_kl_covers_more_modes_than_the_reverse(small_teacher):
-    # The GAN's head for the density ratio alone: its loss would lead the generator to all modes by itself.
-    forward, reverse = (distilled_shares(small_teacher, True, f_div, ["loss_dm"]) > 0.01 for f_div in ("kl", "rkl"))
-    assert forward.sum() > reverse.sum()            # 7 and 4; with two other seeds 4 and 3, 3 and 2
