@@ -26,10 +26,41 @@ def orthogonal(matrix):
     return x.mT if len(matrix) > matrix.shape[1] else x
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): steps along the gradient's momentum made orthogonal, as a matrix [out, in h w].
+def direction(update, dtype):
+    """Where Muon steps for an update U [out, in, h, w]: 0.2 sqrt(max(n, k)) orthogonal(U) of its matrix [n, k]."""
+    # A channels_last weight lies in memory as [out, h, w, in]: in this order of the columns nothing is copied.
+    matrix = update.permute(0, 2, 3, 1)                                             # [out, h, w, in]
+    found = orthogonal(matrix.flatten(1).to(dtype)).to(update.dtype, memory_format=torch.contiguous_format)
+    return found.mul_(0.2 * max(found.shape) ** 0.5).view(matrix.shape).permute(0, 3, 1, 2)
 
-    The step is 0.2 sqrt(max(out, in h w)) times as long (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that it is
+
+class Replayed:
+    """A function of a list of tensors to another, whose kernels a GPU records at the first call and then replays.
+
+    The recording is of these shapes, and returns the same memory each time: use what it returns before the next call.
+    """
+
+    def __init__(self, function):
+        self.function, self.inputs = function, []
+
+    def __call__(self, tensors):
+        if not tensors or not tensors[0].is_cuda:
+            return self.function(tensors)
+        if [t.shape for t in tensors] != [t.shape for t in self.inputs]:
+            self.inputs = [t.clone() for t in tensors]
+            self.function(self.inputs)              # what the libraries make at their first use must not be recorded
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(self.inputs)
+        torch._foreach_copy_(self.inputs, tensors)
+        self.graph.replay()
+        return self.outputs
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): steps along the gradient's momentum made orthogonal, as a matrix [out, h w in].
+
+    The step is 0.2 sqrt(max(out, h w in)) times as long (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that it is
     as large as Adam's on average and one learning rate does for both.
 
     torch.optim.Muon takes matrices alone, and computes in bf16 on any machine: by the product that torch has for CPUs
@@ -42,21 +73,27 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups, bf16):
         super().__init__(groups, dict(lr=0.0))
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        # Replayed, as on an H100 it took more than half of a step to launch these small products one by one.
+        self.directions = [
+            Replayed(lambda updates: [direction(update, dtype) for update in updates]) for _ in self.param_groups
+        ]
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+        for group, directions in zip(self.param_groups, self.directions, strict=True):
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            for weight in weights:
                 if weight not in self.state:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
-                # M <- mu M + (1 - mu) G;    W <- W - lr 0.2 sqrt(max(n, k)) orthogonal(mu M + (1 - mu) G)
-                momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-                update = weight.grad.lerp(momentum, MOMENTUM).flatten(1).to(self.dtype)         # [out, in h w]
-                scale = 0.2 * max(update.shape) ** 0.5
-                weight.add_(orthogonal(update).reshape(weight.shape), alpha=-group["lr"] * scale)
+            # M <- mu M + (1 - mu) G;    W <- W - lr 0.2 sqrt(max(n, k)) orthogonal(mu M + (1 - mu) G)
+            gradients = [weight.grad for weight in weights]
+            momenta = [self.state[weight]["momentum"] for weight in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+            torch._foreach_add_(weights, directions(updates), alpha=-group["lr"])
 
 
 class Optimizer:

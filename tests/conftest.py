@@ -12,6 +12,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = ["--device", "cpu", "--batch_size", "4", "--log_every", "2", "--sample_every", "5", "--save_every", "3"]
 
 

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, teacher_flags
+from conftest import DEVICES, TINY, call, teacher_flags
 
 import checkpoint
 import sample
 import train
 import train0
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICES
 from torch import nn
 
 from guidance import ClassifierHead
@@ -24,9 +25,10 @@ def test_orthogonal_keeps_the_directions_and_evens_the_sizes(shape):
     assert len(large) > 10 and large.min() > 0.6 and large.max() < 1.3
 
 
-@pytest.mark.parametrize(("c_in", "c_out", "size"), [(16, 32, 3), (64, 16, 1), (8, 96, 1)])
-def test_muon_takes_the_steps_of_torchs_on_the_weights_matrix(c_in, c_out, size):
-    net, matrix = conv(c_in, c_out, size), nn.Parameter(torch.zeros(c_out, c_in * size**2))
+@pytest.mark.parametrize("device", DEVICES)                         # a GPU records the step and replays it
+@pytest.mark.parametrize(("c_in", "c_out", "size"), [(16, 32, 3), (64, 16, 1), (8, 96, 1), (8, 96, 3)])
+def test_muon_takes_the_steps_of_torchs_on_the_weights_matrix(c_in, c_out, size, device):
+    net, matrix = conv(c_in, c_out, size).to(device), nn.Parameter(torch.zeros(c_out, c_in * size**2, device=device))
     with torch.no_grad():
         matrix.copy_(net.weight.flatten(1))
     start = matrix.detach().clone()
