@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import DEVICES, TINY, call, teacher_flags
 
 import checkpoint
