@@ -58,9 +58,22 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path)["step"] == 5   # the leftover temporary file is not picked up
 
 
-def test_cut_and_flipped_files_are_refused(tmp_path):
+def test_a_slim_compressed_file_is_smaller_by_a_fifth_and_holds_the_rounded_weights(tmp_path):
+    state = dict(teacher_state(32), optimizer=torch.zeros(10_000))
+    for name, compressed in (("plain.pt", False), ("packed.pt", True)):
+        checkpoint.save(tmp_path / name, checkpoint.slim(state), compressed)
+    assert os.path.getsize(tmp_path / "packed.pt") < 0.82 * os.path.getsize(tmp_path / "plain.pt")
+    back = checkpoint.load(tmp_path / "packed.pt")
+    assert "optimizer" not in back and set(os.listdir(tmp_path)) == {"plain.pt", "packed.pt"}
+    for name, tensor in state["model_ema"].items():
+        assert torch.equal(back["model_ema"][name], tensor.bfloat16())
+        assert (back["model_ema"][name].float() - tensor).abs().max() <= tensor.abs().max() * 2**-8
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_cut_and_flipped_files_are_refused(tmp_path, compressed):
     path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, teacher_state())
+    checkpoint.save(path, teacher_state(), compressed)
     whole = path.read_bytes()
     for percent in range(100):
         path.write_bytes(whole[: len(whole) * percent // 100])
@@ -72,10 +85,11 @@ def test_cut_and_flipped_files_are_refused(tmp_path):
             checkpoint.load(tmp_path)
 
 
-def test_a_flipped_bit_is_refused_or_was_in_no_data(tmp_path):
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_flipped_bit_is_refused_or_was_in_no_data(tmp_path, compressed):
     """Anywhere in the file, its directory included; what loads in spite of one (a date, padding) is the same."""
     path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, teacher_state())
+    checkpoint.save(path, teacher_state(), compressed)
     whole, wanted = path.read_bytes(), checkpoint.load(path)
     rng, refused = random.Random(0), 0
     places = [rng.randrange(len(whole)) for _ in range(60)] + [rng.randrange(1, 3000) for _ in range(20)]

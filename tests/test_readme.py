@@ -76,14 +76,14 @@ NETWORKS = [network(*row) for row in (
     ("its student, guidance 3, as today", 1, "make cifar10/guidance 3/student", "make_student_5000",
      "make_student"),
     ("the same with the GAN", 1, "make cifar10/guidance 3/student, GAN", "make_student_gan", "make_student_gan"),
-    ("teacher, shipped: the earlier one prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "shipped_teacher",
+    ("teacher, shipped: the earlier one prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "prolonged_teacher",
      None),
     ("guided by 4 and autoguided", 55, None, "long_guided_teacher", None),
-    ("guided by 3 and autoguided", 55, None, "shipped_guided_teacher", "shipped_guided_teacher"),
+    ("guided by 3 and autoguided", 55, None, "prolonged_guided_teacher", "prolonged_guided_teacher"),
     ("its student, guidance 4", 1, f"{PROLONGED}/student", "long_student", "long_student"),
     ("its student, guidance 3", 1, f"{PROLONGED}/student, guidance 3", "student_seed_0", "student_seed_0"),
     ("the same, seed 1", 1, None, "student_seed_1", "student_seed_1"),
-    ("the same with the GAN: student, shipped", 1, f"{PROLONGED}/student, GAN", "shipped_student", "shipped_student"),
+    ("the same with the GAN: student, shipped", 1, f"{PROLONGED}/student, GAN", "prolonged_student", "prolonged_student"),
     ("with three times its weight, 1e-2", 1, f"{PROLONGED}/student, GAN, weight 1e-2", "student_gan_1e_2", None),
 )]
 
@@ -121,9 +121,9 @@ STATED = [
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean",
             "checkpoint/images_per_second"))
     ]) for title, nfe, time, minutes, file in (
-        ("teacher, shipped", 35, "{:.1f} min ", "make cifar10/18,000 steps/teacher", "shipped_teacher"),
-        ("the same, guided and autoguided", 55, "", "", "shipped_guided_teacher"),
-        ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, GAN", "shipped_student"),
+        ("teacher, shipped", 35, "{:.1f} min ", "make cifar10/18,000 steps/teacher", "prolonged_teacher"),
+        ("the same, guided and autoguided", 55, "", "", "prolonged_guided_teacher"),
+        ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, GAN", "prolonged_student"),
         ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make2_teacher_5000"),
         ("the same, guided and autoguided", 55, "", "", "make2_guided_teacher_5000"),
         ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/in one go/student", "make2_student_5000"))],
@@ -133,7 +133,7 @@ STATED = [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
     ("18,000 steps of 64 images with Muon, {:.1f} minutes", CIFAR10, [f"{PROLONGED}/teacher/training_minutes"]),
     ("2,400 steps of 64 images with Muon, {:.1f} minutes", CIFAR10, [f"{PROLONGED}/student, GAN/training_minutes"]),
-    *[(f"| {title} | {nfe} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} % |", f"cifar10_jpeg_shipped_{file}", [
+    *[(f"| {title} | {nfe} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} % |", f"cifar10_jpeg_prolonged_{file}", [
         f"{percent}metrics/{name}@5000/mean" for percent, name in (
             ("", "fd"), ("% ", "class_accuracy"), ("% ", "precision"), ("% ", "recall"))])
       for title, nfe, file in (
@@ -154,8 +154,8 @@ STATED = [
                for who in ("teacher", "guided_teacher", "student") for run in ("make", "make2")]),
     ("its teacher {:.2f}, guided {:.2f}, its student {:.2f}", "cifar10_jpeg_make_teacher_5000", [
         f"cifar10_jpeg_make_{who}_5000#metrics/fd@5000/mean" for who in ("teacher", "guided_teacher", "student")]),
-    *[("on both CPUs, are at {:.2f} and {:.2f} on either", f"cifar10_jpeg_shipped_student{cpu}", [
-        f"cifar10_jpeg_shipped_{who}{cpu}#metrics/fd@5000/mean" for who in ("student", "teacher")])
+    *[("on both CPUs, are at {:.2f} and {:.2f} on either", f"cifar10_jpeg_prolonged_student{cpu}", [
+        f"cifar10_jpeg_prolonged_{who}{cpu}#metrics/fd@5000/mean" for who in ("student", "teacher")])
       for cpu in ("", "_xeon")],
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
@@ -175,7 +175,7 @@ STATED = [
             for percent, name in (("", "fd"), ("% ", "class_accuracy")))])
       for title, run, file in (
           ("the earlier `make cifar10`", "in one go, guidance 4", "make_teacher_5000"),
-          ("prolonged", "18,000 steps", "shipped_teacher"))],
+          ("prolonged", "18,000 steps", "prolonged_teacher"))],
     ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
      "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
     ("whose distances are smaller, is at {:.4f}", "heldout_loss_make2", ["rows/0/mean"]),

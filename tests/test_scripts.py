@@ -665,7 +665,7 @@ def test_without_a_run_the_shipped_weights_are_taken_and_said(tmp_path, teacher,
     assert call(train, *TINY, "--steps", "1", "--run_dir", "elsewhere") == 0
     assert f"no run in runs/teacher: taking the shipped weights, {weights}/teacher.pt" in capsys.readouterr().out
     student = checkpoint.load("elsewhere")
-    checkpoint.save(weights / "student.pt", checkpoint.slim(student))
+    checkpoint.save(weights / "student.pt", checkpoint.slim(student), compressed=True)
     assert call(sample, "--num_images", "2", "--npz", "a.npz", "--device", "cpu") == 0
     assert f"{weights}/student.pt" in capsys.readouterr().out
     assert call(sample, "--num_images", "2", "--npz", "b.npz", "--device", "cpu", "--checkpoint", "elsewhere") == 0
