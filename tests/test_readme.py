@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import runpy
+import shlex
 
 import pytest
 from conftest import ROOT
@@ -61,7 +62,11 @@ def network(title, evaluations, minutes, file, second):
 
 ONE_GO, EARLIER, PROLONGED = (
     f"make cifar10/{run}" for run in ("in one go", "in one go, guidance 4", "18,000 steps"))
+H100 = "cifar10_jpeg_h100"
 NETWORKS = [network(*row) for row in (
+    ("teacher of an H100, 64 channels: shipped", 35, f"{H100}#teacher", "h100_teacher", None),
+    ("guided by 2", 45, None, "h100_guided_teacher", None),
+    ("its student: student, shipped", 1, f"{H100}#student", "h100_student", None),
     ("teacher of Adam, 32,000 steps", 35, "teacher", "teacher", "teacher"),
     ("guided by 4, not autoguided", 45, None, "guided_teacher_5000", "guided_teacher"),
     ("its student, 3,600 steps", 1, "student", "student", "student"),
@@ -76,14 +81,13 @@ NETWORKS = [network(*row) for row in (
     ("its student, guidance 3, as today", 1, "make cifar10/guidance 3/student", "make_student_5000",
      "make_student"),
     ("the same with the GAN", 1, "make cifar10/guidance 3/student, GAN", "make_student_gan", "make_student_gan"),
-    ("teacher, shipped: the earlier one prolonged to 18,000 steps", 35, f"{PROLONGED}/teacher", "prolonged_teacher",
-     None),
+    ("the prolonged teacher: the earlier one, to 18,000 steps", 35, f"{PROLONGED}/teacher", "prolonged_teacher", None),
     ("guided by 4 and autoguided", 55, None, "long_guided_teacher", None),
     ("guided by 3 and autoguided", 55, None, "prolonged_guided_teacher", "prolonged_guided_teacher"),
     ("its student, guidance 4", 1, f"{PROLONGED}/student", "long_student", "long_student"),
     ("its student, guidance 3", 1, f"{PROLONGED}/student, guidance 3", "student_seed_0", "student_seed_0"),
     ("the same, seed 1", 1, None, "student_seed_1", "student_seed_1"),
-    ("the same with the GAN: student, shipped", 1, f"{PROLONGED}/student, GAN", "prolonged_student", "prolonged_student"),
+    ("with the GAN", 1, f"{PROLONGED}/student, GAN", "prolonged_student", "prolonged_student"),
     ("with three times its weight, 1e-2", 1, f"{PROLONGED}/student, GAN, weight 1e-2", "student_gan_1e_2", None),
 )]
 
@@ -121,24 +125,41 @@ STATED = [
             "metrics/fd@5000/mean", "% metrics/class_accuracy@5000/mean", "% metrics/recall@5000/mean",
             "checkpoint/images_per_second"))
     ]) for title, nfe, time, minutes, file in (
-        ("teacher, shipped", 35, "{:.1f} min ", "make cifar10/18,000 steps/teacher", "prolonged_teacher"),
-        ("the same, guided and autoguided", 55, "", "", "prolonged_guided_teacher"),
-        ("student, shipped", 1, "{:.1f} min more ", "make cifar10/18,000 steps/student, GAN", "prolonged_student"),
-        ("teacher, of `make cifar10`", 35, "{:.1f} min ", "make cifar10/in one go/teacher", "make2_teacher_5000"),
+        ("teacher, shipped", 35, "{:.1f} min, H100 ", f"{H100}#teacher", "h100_teacher"),
+        ("the same, guided", 45, "", "", "h100_guided_teacher"),
+        ("student, shipped", 1, "{:.1f} min more ", f"{H100}#student", "h100_student"),
+        ("teacher, of `make cifar10`", 35, "{:.1f} min, 2 cores ", "make cifar10/in one go/teacher",
+         "make2_teacher_5000"),
         ("the same, guided and autoguided", 55, "", "", "make2_guided_teacher_5000"),
         ("student, of `make cifar10`", 1, "{:.1f} min more ", "make cifar10/in one go/student", "make2_student_5000"))],
     *NETWORKS,
     ("trained in {:.1f} minutes: right for {:.2f} % of the test images, which are at FD {:.2f}",
      "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
+    ("trained in {:.1f} minutes on one H100", H100, ["+ */training_minutes"]),
+    ("of one seed came to {:.2f} and {:.2f}", "cifar10_jpeg_make_student_5000", [
+        f"cifar10_jpeg_{run}_student_5000#metrics/fd@5000/mean" for run in ("make", "make2")]),
+    ("stopped at {:,} of the teacher's {:,} steps", H100, ["teacher/steps", "teacher/planned_steps"]),
+    ("{:,} steps of 512 images with Muon of the preset's {:,}, where the clock stopped it, {:.1f} minutes", H100, [
+        "teacher/steps", "teacher/planned_steps", "teacher/training_minutes"]),
+    ("{:,} steps of 512 images with Muon, {:.1f} minutes", H100, ["student/steps", "student/training_minutes"]),
     ("18,000 steps of 64 images with Muon, {:.1f} minutes", CIFAR10, [f"{PROLONGED}/teacher/training_minutes"]),
-    ("2,400 steps of 64 images with Muon, {:.1f} minutes", CIFAR10, [f"{PROLONGED}/student, GAN/training_minutes"]),
-    *[(f"| {title} | {nfe} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} % |", f"cifar10_jpeg_prolonged_{file}", [
+    *[(f"| {title} | {{:,.0f}} | {{:,}} |", H100, [f"{run}/median_images_per_second", f"{run}/peak_memory_mib"])
+      for title, run in (
+          ("teacher, Muon's products launched one by one", "before_replaying"),
+          ("teacher, Muon's products replayed, as today", "teacher"), ("student", "student"))],
+    ("launches {:,} kernels that run for {:.1f} of its {:.1f} milliseconds", H100, [
+        f"before_replaying/profile/{name}" for name in ("kernel_launches", "kernels_ms", "all_ms")]),
+    ("{:.2f} times as many images a second, by the medians", H100, ["replaying_images_per_second_ratio"]),
+    ("gained nothing: {:.1f} and {:.1f} milliseconds", H100, [
+        f"before_replaying/profile/cudnn_{name}_ms" for name in ("not_deterministic", "benchmark")]),
+    ("was to take {:,} steps, and `--max_minutes` stopped it at {:,}", H100, [
+        "teacher/planned_steps", "teacher/steps"]),
+    *[(f"| {title} | {nfe} | {{:.2f}} | {{:.1f}} % | {{:.1f}} % | {{:.1f}} % |", f"{H100}_{file}", [
         f"{percent}metrics/{name}@5000/mean" for percent, name in (
             ("", "fd"), ("% ", "class_accuracy"), ("% ", "precision"), ("% ", "recall"))])
       for title, nfe, file in (
-          ("teacher", 35, "teacher"), ("teacher, guided as its student saw it", 55, "guided_teacher"),
-          ("student", 1, "student"))],
+          ("teacher", 35, "teacher"), ("teacher, guided", 45, "guided_teacher"), ("student", 1, "student"))],
     ("10,000 real test images are at {:.2f}, and the classifier recognises {:.2f} % of them", "calibration_test", [
         "metrics/fd/mean", "% feature_network_accuracy"]),
     ("took {:.1f} minutes from nothing, with installing and measuring", CIFAR10, ["make cifar10/in one go/minutes"]),
@@ -152,10 +173,8 @@ STATED = [
     ("teachers at {:.2f} and {:.2f}, guided and autoguided {:.2f} and {:.2f}, and students at {:.2f} and {:.2f}",
      CIFAR10, [f"cifar10_jpeg_{run}_{who}_5000#metrics/fd@5000/mean"
                for who in ("teacher", "guided_teacher", "student") for run in ("make", "make2")]),
-    ("its teacher {:.2f}, guided {:.2f}, its student {:.2f}", "cifar10_jpeg_make_teacher_5000", [
-        f"cifar10_jpeg_make_{who}_5000#metrics/fd@5000/mean" for who in ("teacher", "guided_teacher", "student")]),
-    *[("on both CPUs, are at {:.2f} and {:.2f} on either", f"cifar10_jpeg_prolonged_student{cpu}", [
-        f"cifar10_jpeg_prolonged_{who}{cpu}#metrics/fd@5000/mean" for who in ("student", "teacher")])
+    *[("both CPUs, are at {:.2f} and {:.2f} on either", f"cifar10_jpeg_prolonged_student{cpu}", [
+        f"cifar10_jpeg_prolonged_{who}{cpu}#metrics/fd@5000/mean" for who in ("teacher", "student")])
       for cpu in ("", "_xeon")],
     ("seed 0 ended at FD {:.2f} and seed 1 at {:.2f}", CIFAR10, [
         f"tried/2,400 steps{seed}/curve/-1/fd@2048" for seed in ("", ", seed 1")]),
@@ -163,7 +182,7 @@ STATED = [
         *([f"{run}/training_minutes"] if minutes else []), *(f"{run}/curve/{i}/fd@2048" for i in range(4))])
       for title, run, minutes in (
           ("the teacher of the earlier `make cifar10`", "make cifar10/guidance 3/student", True),
-          ("the shipped teacher", "make cifar10/18,000 steps/student, guidance 3", True),
+          ("the prolonged teacher", "make cifar10/18,000 steps/student, guidance 3", True),
           ("the same, seed 1", "make cifar10/18,000 steps/student, guidance 3, seed 1", ""),
           ("the same, GAN", "make cifar10/18,000 steps/student, GAN", True))],
     *[("| Adam | {:,} | {:.1f} | {:.2f} | {:.1f} % |", CIFAR10, [
@@ -250,10 +269,10 @@ STATED = [
 ]
 # Numbers that are settings or properties of the data, and so measured nowhere.
 SETTINGS = """
-    the 50,000 training images of CIFAR-10; zero twice, at 9,000 and 18,000 steps; averaged weights at 3,000 steps;
-    the noise levels 0.15 and 5, and 2 away; very files, 5,000 images; channels, ten classes, 5.26 M;
+    the 50,000 training images of CIFAR-10; own average at step 4,000; PyTorch 2.11;
+    the noise levels 0.15 and 5, and 2 away; very files, 5,000 images; channels, ten classes, 21.00 M; channels, 5.26 M;
     it measures 10,000 images; needs 2,048 or more; in its last 20,000 steps; recall of 50,000 images;
-    Teachers: FD of 5,000 images; students: of 2,048, a; 5,000 images to the 50,000 training images;
+    H100's student: FD of 5,000 images; students: of 2,048, a; 5,000 images to the 50,000 training images;
     5,000 images of each against; FD of 2,048 images; Teachers, 5,000 images; 5,000 images, FD in; by 10,000 images;
     KID, precision and recall of 10,000 real images; 5,000 images, mean and standard deviation; of 2,048 images;
     one seed each, 2,048 images; recall by 10,000 real images; whose evaluations are 35 times as many; after 1,200
@@ -331,6 +350,16 @@ def test_the_table_of_presets_is_that_of_the_scripts(monkeypatch, tmp_path):
     for name in (None, *train.PRESETS):
         shown = f"`{name}`" if name else "none"
         assert re.search(rf"^\| {shown} \| .* \| {re.escape(preset_row(name))} \|", README, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(("script", "name"), [(train0, "teacher"), (train, "student")])
+def test_the_preset_of_a_gpu_is_what_was_run_there(script, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(report(H100)[name]["command"])
+    assert words[:2] == ["python", f"{script.__name__}.py"]
+    run, preset = (vars(script.parse_args(flags)[0]) for flags in (words[2:], ["--preset", "cifar10_gpu"]))
+    places = {"dataset", "data_dir", "run_dir", "teacher", "max_minutes", "log_every", "sample_every", "save_every"}
+    assert {flag for flag in run if run[flag] != preset[flag]} <= places
 
 
 def test_every_flag_in_the_readme_exists():
