@@ -121,7 +121,7 @@ def consistent(state):
 def slim(state):
     """What sampling, evaluation and distillation need of a loaded checkpoint, the averaged weights in half precision.
 
-    A tenth of its size or less; nothing to resume from. save(path, slim(load(run)), compressed=True) makes a file to
+    A sixth of its size or less; nothing to resume from. save(path, slim(load(run)), compressed=True) makes a file to
     pass on. Of the two half precisions bfloat16, to which networks round their weights where they are fast, and whose
     few exponents compress: a fifth less than two bytes a weight.
     """

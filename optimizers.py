@@ -30,7 +30,7 @@ def direction(update, dtype):
     """Where Muon steps for an update U [out, in, h, w]: 0.2 sqrt(max(n, k)) orthogonal(U) of its matrix [n, k]."""
     # A channels_last weight lies in memory as [out, h, w, in]: in this order of the columns nothing is copied.
     matrix = update.permute(0, 2, 3, 1)                                             # [out, h, w, in]
-    found = orthogonal(matrix.flatten(1).to(dtype)).to(update.dtype, memory_format=torch.contiguous_format)
+    found = orthogonal(matrix.flatten(1).to(dtype)).to(update.dtype).contiguous()   # [n, k] = [out, h w in]
     return found.mul_(0.2 * max(found.shape) ** 0.5).view(matrix.shape).permute(0, 3, 1, 2)
 
 

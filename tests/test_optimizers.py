@@ -44,6 +44,26 @@ def test_muon_takes_the_steps_of_torchs_on_the_weights_matrix(c_in, c_out, size,
     assert moved.square().mean().sqrt().item() > 0.2e-2             # 0.2 lr a step, where they agree
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_muon_steps_several_weights_each_by_its_own_gradient(device):
+    """Also where a GPU's recording has to begin anew, as other weights have gradients."""
+    def steps(together):
+        torch.manual_seed(0)
+        weights = [conv(*shape).to(device).weight for shape in ((8, 96, 3), (16, 8, 1), (8, 8, 3))]
+        groups = [weights] if together else [[weight] for weight in weights]
+        optimizers = [Muon([dict(params=group, lr=1e-2)], bf16=False) for group in groups]
+        for present in (3, 3, 2, 2, 3):
+            for i, weight in enumerate(weights):
+                gradient = torch.randn(weight.shape).to(device, memory_format=torch.channels_last)
+                weight.grad = gradient if i < present else None
+            for optimizer in optimizers:
+                optimizer.step()
+        return weights
+
+    for one, two in zip(steps(True), steps(False), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_muon_takes_the_convolutions_inside_and_adam_the_rest():
     net, head = (network.to(memory_format=torch.channels_last) for network in (SimpleUNet(16), ClassifierHead(128)))
     optimizer = Optimizer("muon", dict.fromkeys((net, head), 1e-2))

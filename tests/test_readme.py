@@ -78,7 +78,7 @@ NETWORKS = [network(*row) for row in (
     ("guided by 4 and autoguided", 55, None, "make_guided_teacher_guidance_4", None),
     ("guided by 3 and autoguided", 55, None, "make_guided_teacher_5000", None),
     ("its student, guidance 4", 1, f"{EARLIER}/student", "make_student_guidance_4", "make_student_guidance_4"),
-    ("its student, guidance 3, as today", 1, "make cifar10/guidance 3/student", "make_student_5000",
+    ("its student, guidance 3, as `make cifar10` today", 1, "make cifar10/guidance 3/student", "make_student_5000",
      "make_student"),
     ("the same with the GAN", 1, "make cifar10/guidance 3/student, GAN", "make_student_gan", "make_student_gan"),
     ("the prolonged teacher: the earlier one, to 18,000 steps", 35, f"{PROLONGED}/teacher", "prolonged_teacher", None),
@@ -151,6 +151,7 @@ STATED = [
     ("launches {:,} kernels that run for {:.1f} of its {:.1f} milliseconds", H100, [
         f"before_replaying/profile/{name}" for name in ("kernel_launches", "kernels_ms", "all_ms")]),
     ("{:.2f} times as many images a second, by the medians", H100, ["replaying_images_per_second_ratio"]),
+    ("whose last reading was {:,}", H100, ["before_replaying/last_images_per_second"]),
     ("gained nothing: {:.1f} and {:.1f} milliseconds", H100, [
         f"before_replaying/profile/cudnn_{name}_ms" for name in ("not_deterministic", "benchmark")]),
     ("was to take {:,} steps, and `--max_minutes` stopped it at {:,}", H100, [
