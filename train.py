@@ -54,8 +54,8 @@ PRESETS = {
         min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine",
         log_every=20, sample_every=600, save_every=200,
     ),
-    # The same for a GPU and its larger teacher: half the rates for twice the width, eight times the images, and less
-    # guidance, as that teacher needs less. Minutes on an H100 (results/README.md).
+    # The same for a GPU and its larger teacher: half the rates for twice the width, eight times the images, and a
+    # guidance of 2, for which no other was tried. Minutes on an H100 (results/README.md).
     "cifar10_gpu": dict(
         batch_size=512, steps=2400, optimizer="muon", dfake_gen_update_ratio=2, generator_lr=2.5e-4, guidance_lr=1.5e-3,
         ema_decay=0.99, guidance_scale=2.0, guidance_interval=[0.15, 5.0], autoguidance_scale=2.0,

@@ -67,6 +67,7 @@ NETWORKS = [network(*row) for row in (
     ("teacher of an H100, 64 channels: shipped", 35, f"{H100}#teacher", "h100_teacher", None),
     ("guided by 2", 45, None, "h100_guided_teacher", None),
     ("its student: student, shipped", 1, f"{H100}#student", "h100_student", None),
+    ("another, on 2 CPU cores, not autoguided", 1, "64 channels/student on 2 CPU cores", "student_64", None),
     ("teacher of Adam, 32,000 steps", 35, "teacher", "teacher", "teacher"),
     ("guided by 4, not autoguided", 45, None, "guided_teacher_5000", "guided_teacher"),
     ("its student, 3,600 steps", 1, "student", "student", "student"),
