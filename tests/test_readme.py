@@ -137,6 +137,10 @@ STATED = [
     ("trained in {:.1f} minutes: right for {:.2f} % of the test images, which are at FD {:.2f}",
      "cifar10_jpeg_resnet_calibration_test", [
         "feature_network_minutes", "% feature_network_accuracy", "metrics/fd/mean"]),
+    ("FD {:.2f}, class accuracy {:.1f} %, recall {:.1f} % and {:.2f}, {:.1f} %, {:.1f} %",
+     f"{CIFAR10}_third_h100_student", [
+        f"{CIFAR10}_third_{who}_student#{percent}metrics/{name}@5000/mean" for who in ("h100", "prolonged")
+        for percent, name in (("", "fd"), ("% ", "class_accuracy"), ("% ", "recall"))]),
     ("trained in {:.1f} minutes on one H100", H100, ["+ */training_minutes"]),
     ("of one seed came to {:.2f} and {:.2f}", "cifar10_jpeg_make_student_5000", [
         f"cifar10_jpeg_{run}_student_5000#metrics/fd@5000/mean" for run in ("make", "make2")]),
