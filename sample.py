@@ -19,44 +19,39 @@ from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-import checkpoint
-import cli
-import distributed
-import records
-import runtime
-import sampling
-from data import to_float
+from support import checkpoint, errors, flags, hardware, pictures, processes, records, resume, sampling, teachers
+from support.data import to_float
 
 GRID_IMAGES = 1000                                  # a larger picture would be of no use
 WALK_FRAMES, WALK_MILLISECONDS = 30, 60             # of --walk, one way; each is shown for so long
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description="Sample a checkpoint into a grid of images.")
-    cli.add_common(parser)
+    parser = flags.Parser(description="Sample a checkpoint into a grid of images.")
+    flags.add_common(parser)
     # Here exactness comes first: in bf16 an image would depend a little on the batch it was made in.
     parser.set_defaults(precision="fp32")
     parser.add_argument(
-        "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
+        "--checkpoint", type=flags.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
     )
-    parser.add_argument("--out", type=cli.path, default="grid.png", help="the grid, a PNG: one class per row")
+    parser.add_argument("--out", type=flags.path, default="grid.png", help="the grid, a PNG: one class per row")
     parser.add_argument(
-        "--npz", type=cli.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
+        "--npz", type=flags.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
     )
     parser.add_argument(
-        "--walk", type=cli.path, help="also a GIF: the grid's noise walks to that of --seed + 1 and back; default: none"
+        "--walk", type=flags.path, help="also a GIF: the noise walks to that of --seed + 1 and back; default: none"
     )
-    parser.add_argument("--num_images", type=cli.count, default=100, help="images in all")
+    parser.add_argument("--num_images", type=flags.count, default=100, help="images in all")
     parser.add_argument(
-        "--batch_size", type=cli.count, default=100, help="images at a time; moves nothing but roundings"
+        "--batch_size", type=flags.count, default=100, help="images at a time; moves nothing but roundings"
     )
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
-    parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
-    cli.add_guidance(parser, "a teacher")
+    parser.add_argument("--num_steps", type=flags.count, default=18, help="Heun steps, for a teacher")
+    flags.add_cfg(parser, "a teacher")
     args = parser.parse_args(argv)
-    args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
+    args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     for path in filter(None, (args.out, args.npz, args.walk)):
-        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not cli.writable(path):
+        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not flags.writable(path):
             parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out {args.out} does not end in .png")
@@ -70,26 +65,26 @@ def class_indices(names, classes):
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for name in names:
         if name not in numbers:
-            raise cli.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {', '.join(classes)}")
+            raise errors.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {', '.join(classes)}")
     return [numbers[name] for name in names]
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = cli.device(args)
+    device = hardware.start(args)
     state = checkpoint.load(args.checkpoint)
-    guidance = cli.sampling_guidance(args, state, device)
+    cfg = teachers.sampling_cfg(args, state, device)
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
-    with cli.restoring(args.checkpoint):
-        sample = sampling.sampler(state, device, args.num_steps, guidance, args.compile)
+    with resume.restoring(args.checkpoint):
+        sample = sampling.sampler(state, device, args.num_steps, cfg, args.compile)
 
     def generate(labels, **how):
-        with runtime.autocast(device, args.precision):
+        with hardware.autocast(device, args.precision):
             return sampling.generate(sample, args.seed, labels, args.batch_size, device, **how)
 
     def grid(images):
-        return runtime.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
+        return pictures.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
 
     start = time.perf_counter()
     images = generate(labels, bar=True)
@@ -97,7 +92,7 @@ def main(argv=None):
 
     records.write(args.out, lambda file: save_image(grid(images), file, format="png"))
     if args.walk:
-        steps = tqdm(range(WALK_FRAMES + 1), unit="frame", disable=not distributed.MAIN)
+        steps = tqdm(range(WALK_FRAMES + 1), unit="frame", disable=not processes.MAIN)
         frames = [grid(generate(labels[:GRID_IMAGES], walk=step / WALK_FRAMES)) for step in steps]
         first, *others = (Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in frames)
         others += others[-2::-1]                    # and back, to where the loop begins
@@ -106,12 +101,12 @@ def main(argv=None):
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
         records.write(args.npz, lambda file: np.savez(file, *arrays))
-    nfe = sampling.evaluations(state, args.num_steps, guidance)
-    distributed.main_only(print)(
+    nfe = sampling.evaluations(state, args.num_steps, cfg)
+    processes.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
         f"{rate:.1f} images/s, {', '.join(filter(None, (args.out, args.npz, args.walk)))}"
     )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    errors.run(main)

@@ -13,10 +13,9 @@ from conftest import call
 from PIL import Image
 from test_model import trained_net
 
-import checkpoint
-import data
 import diffusion
-from randomness import image_noise
+from support import checkpoint, data, networks
+from support.randomness import image_noise
 from tools import export
 
 CLASSES = [f"class {i}" for i in range(10)]
@@ -59,7 +58,7 @@ def test_the_files_images_are_those_of_the_network(folder, name, sigmas, n):
     session = onnxruntime.InferenceSession(folder / {"one": "generator.onnx", "three": "three.onnx"}[name])
     given = inputs(n, sigmas)
     images, *floats = session.run(None, {name: value.numpy() for name, value in given.items()})
-    net, renoise = checkpoint.ema_model(checkpoint.load(folder / f"{name}.pt")), given.get("renoise")
+    net, renoise = networks.averaged(checkpoint.load(folder / f"{name}.pt")), given.get("renoise")
     wanted = diffusion.few_step_sample(net, given["z"], given["labels"], sigmas, lambda i: renoise[:, i - 1])
     apart = abs(images.astype(int) - data.to_uint8(wanted).permute(0, 2, 3, 1).numpy())
     assert images.dtype == np.uint8 and images.std() > 30
@@ -77,7 +76,7 @@ def test_the_file_tells_what_it_holds_and_not_where_it_was_made(folder):
 def test_weights_are_stored_as_float16_and_all_else_is_float32(folder):
     graph = onnx.load(folder / "generator.onnx").graph
     kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
-    net = checkpoint.ema_model(checkpoint.load(folder / "one.pt"))
+    net = networks.averaged(checkpoint.load(folder / "one.pt"))
     halves = {f"net.{name}.half" for name, parameter in net.named_parameters() if parameter.ndim > 1}
     assert {name for name, kind in kinds.items() if kind == "FLOAT16"} == halves
     assert {node.op_type for node in graph.node if halves & set(node.input)} == {"Cast"}

@@ -35,12 +35,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import checkpoint
-import cli
 import diffusion
-import records
-from data import to_uint8
-from randomness import image_noise
+from support import checkpoint, errors, flags, networks, records, resume
+from support.data import to_uint8
+from support.randomness import image_noise
 
 PAGE = Path(__file__).resolve().parent / "page"
 RUNTIME = "onnxruntime-web@1.30.0"                  # and the SHA-512 of its archive, as npm publishes it
@@ -57,7 +55,7 @@ class Generator(nn.Module):
 
     def __init__(self, state, float_output=False):
         super().__init__()
-        self.net, self.sigmas = checkpoint.ema_model(state), state["denoising_sigmas"]
+        self.net, self.sigmas = networks.averaged(state), state["denoising_sigmas"]
         self.float_output = float_output
 
     @torch.no_grad()
@@ -139,7 +137,7 @@ def check(model, generator):
         f"of {CHECKED_IMAGES} images differ"
     )
     if (apart > 1).double().mean() > 1e-3:
-        raise cli.UsageError(f"{line}: nothing was written; --no-half may come nearer")
+        raise errors.UsageError(f"{line}: nothing was written; --no-half may come nearer")
     print(line)
 
 
@@ -147,16 +145,16 @@ def fetch_runtime():
     """The files of onnxruntime-web, name -> bytes, from npm and its registry, by their pinned hash."""
     npm, (name, _, version) = shutil.which("npm"), RUNTIME.partition("@")
     if not npm:
-        raise cli.UsageError(f"--page needs npm, which comes with Node.js, to fetch {RUNTIME}")
+        raise errors.UsageError(f"--page needs npm, which comes with Node.js, to fetch {RUNTIME}")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([npm, "pack", RUNTIME], cwd=folder, capture_output=True, text=True)
         archive = Path(folder) / f"{name}-{version}.tgz"
         if done.returncode or not archive.exists():
             reason = next((line for line in done.stderr.splitlines() if "code" not in line), "")
-            raise cli.UsageError(f"npm could not fetch {RUNTIME}: {reason}")
+            raise errors.UsageError(f"npm could not fetch {RUNTIME}: {reason}")
         content = archive.read_bytes()
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != RUNTIME_SHA512:
-        raise cli.UsageError(f"what npm fetched as {RUNTIME} does not have the SHA-512 that is expected")
+        raise errors.UsageError(f"what npm fetched as {RUNTIME} does not have the SHA-512 that is expected")
     with tarfile.open(fileobj=io.BytesIO(content)) as members:
         return {name: members.extractfile(member).read() for name, member in RUNTIME_FILES.items()}
 
@@ -183,15 +181,15 @@ def write_page(path, model, state, runtime):
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(
+    parser = flags.Parser(
         prog="python -m tools.export", description="Export a student as an ONNX file, or as a page for the browser."
     )
     parser.add_argument(
-        "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student"
+        "--checkpoint", type=flags.path, default="runs/dmd2", help="run folder or checkpoint of a student"
     )
-    parser.add_argument("--out", type=cli.path, help="the ONNX file; default: generator.onnx, or none with --page")
+    parser.add_argument("--out", type=flags.path, help="the ONNX file; default: generator.onnx, or none with --page")
     parser.add_argument(
-        "--page", type=cli.path, help="a new folder: a page that draws in the browser, with all it needs; default: none"
+        "--page", type=flags.path, help="a new folder: a page that draws in the browser, with all it needs; default: none"
     )
     parser.add_argument(
         "--half", action=argparse.BooleanOptionalAction, default=True,
@@ -201,11 +199,11 @@ def parse_args(argv=None):
         "--float_output", action="store_true", help="also an output `float`, [N, 3, 32, 32], about [-1, 1], not clipped"
     )
     args = parser.parse_args(argv)
-    args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
+    args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     if not args.out and not args.page:
         args.out = "generator.onnx"
     for path in filter(None, (args.out, args.page)):
-        if not Path(path).resolve().parent.is_dir() or not cli.writable(path) or path == args.out and Path(path).is_dir():
+        if not Path(path).resolve().parent.is_dir() or not flags.writable(path) or path == args.out and Path(path).is_dir():
             parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
     if args.page and Path(args.page).exists() and (Path(args.page).is_file() or any(Path(args.page).iterdir())):
         parser.error(f"--page {args.page} is there already: remove it, or name a new folder")
@@ -216,9 +214,9 @@ def main(argv=None):
     args = parse_args(argv)
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if not importlib.util.find_spec(name):
-            raise cli.UsageError(f"exporting needs {name}: pip install -r requirements-export.txt")
+            raise errors.UsageError(f"exporting needs {name}: pip install -r requirements-export.txt")
     state = checkpoint.load(args.checkpoint, kind="student")
-    with cli.restoring(args.checkpoint):
+    with resume.restoring(args.checkpoint):
         generator = Generator(state, args.float_output)
     runtime = fetch_runtime() if args.page else {}
     metadata = dict(
@@ -235,4 +233,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    errors.run(main)

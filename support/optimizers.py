@@ -6,6 +6,8 @@
     optimizer.zero_grad()
 """
 
+import math
+
 import torch
 
 MOMENTUM = 0.95
@@ -64,7 +66,7 @@ class Muon(torch.optim.Optimizer):
     as large as Adam's on average and one learning rate does for both.
 
     torch.optim.Muon takes matrices alone, and computes in bf16 on any machine: by the product that torch has for CPUs
-    without bf16, a step took 34 times as long as in float32 (results/cifar10_tuning.md).
+    without bf16, a step took 34 times as long as in float32 (docs/tuning.md).
 
     Args:
         groups: as for any optimizer of torch, of weights [out, in, h, w].
@@ -74,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups, bf16):
         super().__init__(groups, dict(lr=0.0))
         dtype = torch.bfloat16 if bf16 else torch.float32
-        # Replayed, as launching these small products one by one took a third of a step on an H100 (results/README.md).
+        # Replayed, as launching these small products one by one took a third of a step on an H100 (docs/tuning.md).
         self.directions = [
             Replayed(lambda updates: [direction(update, dtype) for update in updates]) for _ in self.param_groups
         ]
@@ -138,3 +140,11 @@ class Optimizer:
         """Raises KeyError or ValueError if it is that of other networks or of another optimizer."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+
+
+def lr_factor(step, args):
+    """Learning rate at a step, as a fraction of its peak: a linear rise, then constant or half a cosine to zero."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    return (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1.0
