@@ -4,75 +4,95 @@ import json
 import os
 import shutil
 import signal
+import time
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (                                           # it asks nobody for updates; as root it has no sandbox
+FLAGS = (                                           # it asks nobody for updates; root can have no sandbox
     "--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", *(["--no-sandbox"] * (os.getuid() == 0)),
 )
+KEYS = dict(Tab=9, Enter=13, PageUp=33, End=35, Home=36)        # Windows' codes, by which Chromium acts
+SECONDS = 120                                       # and no test waits for longer
 
 
 class Browser:
-    """One tab. Use as a context; folder is where its profile and its downloads go."""
+    """One tab, as a context; its profile and its downloads go to a folder."""
 
-    def __init__(self, folder, *flags):
-        self.folder, self.flags, self.last, self.session = folder, flags, 0, None
+    def __init__(self, folder):
+        self.folder, self.calls, self.session, self.received = folder, 0, {}, b""
 
     def __enter__(self):
-        (read, self.commands), (answers, write) = os.pipe(), os.pipe()
-        arguments = [CHROMIUM, *FLAGS, *self.flags, f"--user-data-dir={self.folder}/profile"]
+        (commands, self.commands), (self.answers, answers) = os.pipe(), os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        self.process = os.posix_spawn(CHROMIUM, arguments, os.environ, setpgroup=0, file_actions=[
-            (os.POSIX_SPAWN_DUP2, null, 1), (os.POSIX_SPAWN_DUP2, null, 2),
-            (os.POSIX_SPAWN_DUP2, read, 3), (os.POSIX_SPAWN_DUP2, write, 4),
-        ])
-        for end in (null, read, write):
+        self.process = os.posix_spawn(
+            CHROMIUM, [CHROMIUM, *FLAGS, f"--user-data-dir={self.folder}/profile"], os.environ, setpgroup=0,
+            file_actions=[(os.POSIX_SPAWN_DUP2, *ends) for ends in ((null, 1), (null, 2), (commands, 3), (answers, 4))],
+        )
+        for end in (null, commands, answers):
             os.close(end)
-        self.answers = os.fdopen(answers, "rb")
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.send("Page.enable")
-        self.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(self.folder))
+        self.session = dict(sessionId=self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.folder))
         return self
 
     def __exit__(self, *error):
         os.killpg(self.process, signal.SIGKILL)     # its renderers too
         os.waitpid(self.process, 0)
         os.close(self.commands)
-        self.answers.close()
+        os.close(self.answers)
 
     def send(self, method, **params):
         """Call a method of the DevTools protocol and return its result."""
-        self.last += 1
-        message = dict(id=self.last, method=method, params=params, **({"sessionId": self.session} if self.session else {}))
+        self.calls += 1
+        message = dict(id=self.calls, method=method, params=params, **self.session)
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
-            answer = bytearray()
-            while (byte := self.answers.read(1)) != b"\0":
-                assert byte, "the browser has ended"
-                answer += byte
+            while b"\0" not in self.received:
+                part = os.read(self.answers, 2**16)
+                assert part, "the browser has ended"
+                self.received += part
+            answer, _, self.received = self.received.partition(b"\0")
             answer = json.loads(answer)
-            if answer.get("id") == self.last:
+            if answer.get("id") == self.calls:      # else an event
                 assert "error" not in answer, answer
                 return answer["result"]
 
     def value(self, expression):
         """The value of a JavaScript expression, awaited where it is a promise."""
         found = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, condition):
         """Wait until a JavaScript expression is true."""
-        self.value(f"new Promise(function look(done) {{ ({condition}) ? done() : setTimeout(look, 20, done) }})")
+        self.value(f"""new Promise((done, fail) => {{
+            setTimeout(fail, {1000 * SECONDS}, "not within {SECONDS} seconds")
+            const look = () => {condition} ? done() : setTimeout(look, 20)
+            look()
+        }})""")
+
+    def open(self, url):
+        self.send("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
     def click(self, node):
-        """Press the mouse in the middle of the node that a JavaScript expression means."""
-        x, y = self.value(f"(() => {{ const b = ({node}).getBoundingClientRect(); "
-                          "return [b.x + b.width / 2, b.y + b.height / 2] })()")
+        """Press the mouse in the middle of the element that a JavaScript expression means."""
+        box = f"({node}).getBoundingClientRect()"
+        x, y = self.value(f"[{box}.x + {box}.width / 2, {box}.y + {box}.height / 2]")
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def press(self, key, **how):
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, **how)
+    def press(self, *keys):
+        """Press keys of KEYS, or characters, one after the other."""
+        for key in keys:
+            text = dict(Enter="\r").get(key, key if key not in KEYS else "")
+            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=KEYS.get(key, 0))
+            self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=KEYS.get(key, 0))
+
+    def downloaded(self, name):
+        """The path of a file that the page gives, once it is there."""
+        for _ in range(100 * SECONDS):
+            if (self.folder / name).exists():
+                return self.folder / name
+            time.sleep(0.01)
+        raise AssertionError(f"no {name} was downloaded")
