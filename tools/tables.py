@@ -46,9 +46,9 @@ def quality():
     rows = {
         "h100_teacher": "teacher, shipped", "h100_guided_teacher": "the same, guided",
         "h100_student": "**student, shipped**", "cpu_teacher": "teacher of `make cifar10`",
-        "cpu_guided_teacher": "the same, guided", "cpu_student": "**student of `make cifar10`**",
+        "cpu_guided_teacher": "the same, guided and autoguided", "cpu_student": "**student of `make cifar10`**",
     }
-    return table(["", "evaluations an image", "FD", "class accuracy", "recall", "images/s"], [
+    return table(["sampling", "evaluations an image", "FD", "class accuracy", "recall", "images/s"], [
         [title, *measured(f"cifar10_jpeg/{file}"), at(f"cifar10_jpeg/{file}#checkpoint/images_per_second", ",.0f")]
         for file, title in rows.items()
     ])
@@ -58,9 +58,9 @@ def cost():
     rows = {
         "`make demo`": ("2 CPU cores", "shapes/demo#"),
         "`make cifar10`": ("2 CPU cores", "cifar10_jpeg/runs_cpu#make cifar10/"),
-        "`make cifar10 PRESET=cifar10_gpu`": ("one H100", "cifar10_jpeg/runs_h100#"),
+        "`--preset cifar10_gpu`, teacher to step 7,647 of 12,000": ("one H100", "cifar10_jpeg/runs_h100#"),
     }
-    return table(["", "hardware", "teacher", "student", "images/s", "memory, MiB"], [
+    return table(["training", "hardware", "teacher", "student", "images/s", "memory, MiB"], [
         [title, hardware, *(at(f"{run}{who}/training_minutes", ".1f") + " min" for who in ("teacher", "student")), *(
             " and ".join(at(f"{run}{who}/{name}", ",.0f") for who in ("teacher", "student"))
             for name in ("median_images_per_second", "peak_memory_mib")
