@@ -85,9 +85,9 @@ class Browser:
     def press(self, *keys):
         """Press keys of KEYS, or characters, one after the other."""
         for key in keys:
-            text = dict(Enter="\r").get(key, key if key not in KEYS else "")
-            self.send("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=KEYS.get(key, 0))
-            self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=KEYS.get(key, 0))
+            text = dict(Enter="\r").get(key, "" if key in KEYS else key)
+            for how in (dict(type="keyDown", text=text), dict(type="keyUp")):
+                self.send("Input.dispatchKeyEvent", key=key, windowsVirtualKeyCode=KEYS.get(key, 0), **how)
 
     def downloaded(self, name):
         """The path of a file that the page gives, once it is there."""

@@ -85,7 +85,7 @@ def to_onnx(generator, half, metadata):
     with warnings.catch_warnings():                 # torch's own: that two inputs have one N
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            generator, kwargs=example, dynamic_shapes={name: batch for name in example}, input_names=list(example),
+            generator, kwargs=example, dynamic_shapes=dict.fromkeys(example, batch), input_names=list(example),
             output_names=["images", "float"][: 1 + generator.float_output], dynamo=True, verbose=False,
         )
     model = program.model_proto
@@ -189,7 +189,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--out", type=flags.path, help="the ONNX file; default: generator.onnx, or none with --page")
     parser.add_argument(
-        "--page", type=flags.path, help="a new folder: a page that draws in the browser, with all it needs; default: none"
+        "--page", type=flags.path, help="a new folder for a page that draws in the browser; default: none"
     )
     parser.add_argument(
         "--half", action=argparse.BooleanOptionalAction, default=True,
@@ -203,9 +203,11 @@ def parse_args(argv=None):
     if not args.out and not args.page:
         args.out = "generator.onnx"
     for path in filter(None, (args.out, args.page)):
-        if not Path(path).resolve().parent.is_dir() or not flags.writable(path) or path == args.out and Path(path).is_dir():
-            parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
-    if args.page and Path(args.page).exists() and (Path(args.page).is_file() or any(Path(args.page).iterdir())):
+        if not Path(path).resolve().parent.is_dir() or not flags.writable(path):
+            parser.error(f"cannot write {path}: its folder is not there or not writable")
+    if args.out and Path(args.out).is_dir():
+        parser.error(f"cannot write {args.out}: it is a folder")
+    if args.page and Path(args.page).exists():
         parser.error(f"--page {args.page} is there already: remove it, or name a new folder")
     return args
 
