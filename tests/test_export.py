@@ -1,4 +1,4 @@
-"""tools/export.py: the file, and the page in a real browser, draw what torch draws; wrong calls leave nothing behind."""
+"""tools/export.py: the file, and the page in a browser, draw what torch draws; wrong calls leave nothing behind."""
 
 import base64
 import functools
