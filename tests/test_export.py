@@ -240,4 +240,4 @@ def test_where_webassembly_is_missing_the_page_says_so(address, browser):
     browser.open(f"{address}/one/")
     browser.wait("message.textContent")
     assert browser.value("message.textContent") == (
-        "This page cannot draw here: it needs WebAssembly, which this browser lacks or has switched off.")
+        "This page cannot draw here: the browser lacks WebAssembly, or it is switched off.")
