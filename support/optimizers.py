@@ -95,7 +95,10 @@ class Muon(torch.optim.Optimizer):
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-            torch._foreach_add_(weights, directions(updates), alpha=-group["lr"])
+            if torch.is_tensor(group["lr"]):        # a step that is recorded as a whole, and may hold no number
+                torch._foreach_add_(weights, torch._foreach_mul(directions.function(updates), -group["lr"]))
+            else:
+                torch._foreach_add_(weights, directions(updates), alpha=-group["lr"])
 
 
 class Optimizer:
@@ -118,12 +121,13 @@ class Optimizer:
             ]
 
         self.networks, self.rates = list(rates), list(rates.values())
-        self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True))
+        self.recordable = any(p.is_cuda for network in rates for p in network.parameters())
+        self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True, capturable=self.recordable))
         if name == "muon":
             self.parts["muon"] = Muon(groups(True), bf16)
 
     def step(self, factor=1.0):
-        """One step at factor times the peak learning rates."""
+        """One step at factor times the peak learning rates; where the step is recorded factor is a 0-d tensor."""
         for part in self.parts.values():
             for group, lr in zip(part.param_groups, self.rates, strict=True):
                 group["lr"] = lr * factor
@@ -140,6 +144,8 @@ class Optimizer:
         """Raises KeyError or ValueError if it is that of other networks or of another optimizer."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        for group in self.parts["adam"].param_groups:
+            group["capturable"] = self.recordable   # here, whatever it was where the state was saved
 
 
 def lr_factor(step, args):
