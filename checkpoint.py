@@ -5,6 +5,7 @@
     net = checkpoint.ema_model(state)
 """
 
+import errno
 import io
 import math
 import os
@@ -51,16 +52,24 @@ def save(path, state, compressed=False):
             file.flush()
             os.fsync(file.fileno())                 # the data must be on disk before the name is
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:        # torch turns a write error into a RuntimeError
         temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         raise OSError(f"cannot save {path}: {reason}; what was saved there before stands") from error
+
+
+def sync_folder(path):
+    """Put the names in a folder on disk, where its file system can: some of networks cannot, and the file is saved."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(folder)
 
 
 def find(path):

@@ -8,6 +8,7 @@ Distances in its features compare runs on this dataset with one another and mean
 learns from fresh images, for other datasets from those that teacher and student learn from.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import metrics
 import records
 import runtime
 import shapes
+from model import IMAGE_SIZE
 from optimizers import Optimizer
 from randomness import StepRandom
 
@@ -66,7 +68,7 @@ def noised(x, flip, rng):
 
 
 def shifted(x, flip, rng):
-    x = v2.RandomCrop(data.IMAGE_SIZE, padding=4, padding_mode="reflect")(x)        # all of a batch alike
+    x = v2.RandomCrop(IMAGE_SIZE, padding=4, padding_mode="reflect")(x)        # all of a batch alike
     return data.random_flip(x, rng) if flip else x
 
 
@@ -130,7 +132,8 @@ def main(argv=None):
     net = net.cpu().eval()
     example, batch = torch.zeros(4, *dataset.images.shape[1:], dtype=torch.uint8), torch.export.Dim("batch", min=1)
     program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
-    records.write(args.out, lambda file: torch.export.save(program, file))
+    names = {metrics.CLASSES: json.dumps(dataset.classes)}          # so that it judges no other classes
+    records.write(args.out, lambda file: torch.export.save(program, file, extra_files=names))
     print(args.out)
     try:
         test = read(args, "test")
