@@ -7,8 +7,8 @@
     python evaluate.py --feature_extractor features.pt2                  # distances in another network's features
 
 Prints a table and writes one JSON with everything needed to do it again. Distances fall with the number of images: only
-those of equal --num_images compare. Below 10,000 the name says how many they were (FID@2048), and the floor is said: the
-distance that as many of the real images have.
+those of equal --num_images compare. Below 10,000 the name says how many they were (FID@2048), and a floor is given: the
+distance of as many of the real images.
 """
 
 import hashlib
@@ -180,7 +180,7 @@ def main(argv=None):
             deviation = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
             print(f"{name.upper():24} {value['mean']:10.4f}{deviation}")
         if n < 10_000:
-            print(f"{extractor.name}@{n} of a perfect model: {report['floor']:.4f}")
+            print(f"{f'FLOOR OF {extractor.name}@{n}':24} {report['floor']:10.4f}")
         print(args.out)
 
 

@@ -68,10 +68,11 @@ class Features(nn.Module):
         return self.conv(x).tanh().mean((2, 3)), x.mean((2, 3))
 
 
-def export(path, network, example=None):
+def export(path, network, example=None, **extra_files):
     example = torch.zeros(4, 3, 32, 32, dtype=torch.uint8) if example is None else example
     batch = ({0: torch.export.Dim("n")},)
-    torch.export.save(torch.export.export(network.eval(), (example,), dynamic_shapes=batch), path)
+    program = torch.export.export(network.eval(), (example,), dynamic_shapes=batch)
+    torch.export.save(program, path, extra_files=extra_files)
     return str(path)
 
 
