@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from model import IMAGE_SIZE
+from support.errors import UsageError
 
 Image.init()                                        # registers all of its formats, not only the most common
 # Pillow has names for more than it decodes: some files it only writes, some need another program, EPS is a program.
@@ -28,7 +29,7 @@ TURNS = {
 }
 
 
-class DataError(Exception):
+class DataError(UsageError):
     """Images cannot be read; the message is one line that names the file or folder."""
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 import torchvision
 
-import shapes
-from support import image_files
+from support import image_files, processes, shapes
+from support.errors import UsageError
 from support.image_files import DataError, few
 
 DATASETS = ("cifar10", "folder", "shapes")
@@ -160,3 +161,30 @@ class Batches:
             position += len(rows[-1])
         rows = torch.cat(rows)[self.mine]
         return to_float(self.images[rows]), self.labels[rows]
+
+
+def name_dataset(args, state):
+    """Fill in the flags of add_dataset, where they are not given, with what the checkpoint's network was trained on."""
+    known = state.get("settings", {}) if state else {}
+    args.dataset = args.dataset or known.get("dataset")
+    known = known if args.dataset == known.get("dataset") else {}
+    args.data_dir = args.data_dir or known.get("data_dir") or "data"
+    if getattr(args, "flip", 1) is None:
+        args.flip = known.get("flip", 1)
+
+
+def from_flags(args, state=None, split="train"):
+    """The dataset of --dataset, or where that is not given what the checkpoint's network was trained on."""
+    name_dataset(args, state)
+    if args.dataset is None:
+        raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
+    loaded = processes.first_of_host(load, args.dataset, args.data_dir, split)
+    if state and loaded.classes != state["classes"]:
+        theirs, ours = few(state["classes"]), few(loaded.classes)
+        raise UsageError(f"--dataset {args.dataset} has the classes {ours}; those of the checkpoint are {theirs}")
+    processes.main_only(print)(f"{args.dataset}: {loaded}")
+    counts = loaded.labels.bincount(minlength=len(loaded.classes))
+    if counts.max() > 1.1 * counts.min() and processes.MAIN:
+        least, most = counts.min(), counts.max()
+        print(f"note: the classes have {least} to {most} images; students learn as many of each", file=sys.stderr)
+    return loaded
