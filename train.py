@@ -198,7 +198,7 @@ def main(argv=None):
             network.compile(dynamic=False)          # the GAN's two batches in one would make shapes look variable
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    for step in run.steps():
+    for step in run.steps(draw_grids):
         rng = StepRandom(args.seed, step, device, *processes.SHARE)
         z = rng.normal(share, 3, 32, 32).to(memory_format=torch.channels_last)      # [B, 3, 32, 32]
         labels = rng.integers(0, len(known["classes"]) - 1, share)                  # [B]
@@ -233,8 +233,6 @@ def main(argv=None):
         log.update(losses, **logits, fake_grad_norm=grad_norm)
 
         run.count(**log)
-        if run.every(args.sample_every):
-            draw_grids()
         run.keep()
 
 

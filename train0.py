@@ -104,8 +104,11 @@ def main(argv=None):
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
 
+    def draw():
+        run.grid("teacher", rows, sample(grid_z, grid_labels))
+
     # --- the loop ----------------------------------------------------------------------------------------------------
-    for step in run.steps():
+    for step in run.steps(draw):
         rng = StepRandom(args.seed, step, device, *processes.SHARE)
         x_0, labels = batches(step)                                                 # [B, 3, 32, 32], [B]
         n = len(x_0)
@@ -130,8 +133,6 @@ def main(argv=None):
         ema.update_parameters(net)
 
         run.count(loss=loss, grad_norm=grad_norm, lr=lr)
-        if run.every(args.sample_every):
-            run.grid("teacher", rows, sample(grid_z, grid_labels))
         if args.guide_at and run.step >= args.guide_at * args.steps and not guide.exists() and grad_norm.isfinite():
             checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep(): no resume may miss it
         run.keep()

@@ -1,6 +1,7 @@
 """What a user can cause ends in one line on stderr and an exit code.
 
-Exit codes: 0 finished or stopped on request, 2 a wrong call or input (nothing was written), 1 something failed later.
+Exit codes: 0 finished, or --max_minutes are over; 2 a wrong call or input (nothing was written); 1 something failed
+later; 130, 143, ... a signal (Ctrl-C, kill, ...) ended it, a run after it was saved.
 """
 
 import re
@@ -25,8 +26,10 @@ def run(main):
     script = Path(sys.argv[0]).name
     try:
         main()
-        processes.finish()
         sys.exit()
+    except SystemExit:
+        processes.finish()
+        raise
     except UsageError as error:
         code, line = 2, error
     except (RunError, OSError) as error:
@@ -34,7 +37,7 @@ def run(main):
     except ModuleNotFoundError as error:            # torch-fidelity, which only a measurement imports
         code, line = 1, f"{error}: pip install -r requirements.txt"
     except KeyboardInterrupt:                       # before the loop, which has its own way to stop
-        code, line = 1, "interrupted"
+        code, line = 130, "interrupted"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         code, reason = 1, str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory", str(error)):

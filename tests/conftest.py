@@ -24,7 +24,9 @@ def seeded():
 @pytest.fixture(autouse=True)
 def handlers():
     """A script's signal handlers end with its test."""
-    before = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    from support import signals
+
+    before = [(s, signal.getsignal(s)) for s in signals.SIGNALS]
     yield
     for signum, handler in before:
         signal.signal(signum, handler)
