@@ -13,7 +13,6 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 from contextlib import nullcontext
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 import diffusion
 from guidance import F_DIVERGENCES
@@ -50,7 +49,7 @@ PRESETS = {
 }
 # What --resume refuses to change: two steps can follow one another only if these stay as they were.
 FIXED = (
-    "teacher", "guide", "dataset", "batch_size", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
+    "teacher", "guide", "dataset", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
     "sigma_min", "sigma_max",
 )
 
@@ -107,6 +106,8 @@ def parse_args(argv=None):
         args.teacher = checkpoint.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
     if args.f_div != "rkl" and not args.gen_cls_loss_weight:
         parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
+    if args.f_div != "rkl" and args.accumulate > 1:
+        parser.error(f"--f_div {args.f_div} takes a mean over the whole batch, which --accumulate cuts up")
     if args.gen_cls_loss_weight and not args.cls_loss_weight:
         parser.error("--cls_loss_weight 0 would leave the GAN's head as it starts, at random")
     if args.f_div != "rkl" and args.diffusion_gan_max_timestep <= diffusion.timestep(args.max_step_percent):
@@ -162,24 +163,25 @@ def main(argv=None):
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
     ema = EMA(generator, args.ema_decay)
-    bf16 = hardware.uses_bf16(device, args.precision)
-    generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16)
+    bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
+    generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16, fp16)
     guidance_lrs = {guidance.fake_unet: args.guidance_lr}
     if gan:
         guidance_lrs[guidance.cls_head] = args.cls_head_lr or args.guidance_lr
-    guidance_parameters = [p for network in guidance_lrs for p in network.parameters()]
-    guidance_optimizer = Optimizer(args.optimizer, guidance_lrs, bf16)
+    guidance_optimizer = Optimizer(args.optimizer, guidance_lrs, bf16, fp16)
     # `model` holds the teacher and its guide too, so that a run stands on its own.
     parts = dict(model=model, ema=ema, generator_optimizer=generator_optimizer, guidance_optimizer=guidance_optimizer)
+    if gan:
+        batches = parts["batches"] = data.Batches(dataset, args.batch_size, args.seed, device)
     resume.restore(args, state, parts)
-    batches = data.Batches(dataset, args.batch_size, args.seed, device, *processes.SHARE) if gan else None
 
     known = dict(
         kind="student", classes=source["classes"], model_config=teacher.config, ema_decay=ema.decay,
         denoising_sigmas=model.denoising_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max,
         label_dropout=source.get("label_dropout", 0.0), guide_config=guide and guide.config,
     )
-    share = args.batch_size // processes.WORLD      # B: of this process
+    shares = processes.shares(args.accumulate)      # of a batch, one after another
+    n = args.batch_size // len(shares) // processes.WORLD           # B: the images of one
 
     def describe():
         return dict(known, model_ema=ema.module.state_dict())
@@ -199,38 +201,41 @@ def main(argv=None):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     for step in run.steps(draw_grids):
-        rng = StepRandom(args.seed, step, device, *processes.SHARE)
-        z = rng.normal(share, 3, 32, 32).to(memory_format=torch.channels_last)      # [B, 3, 32, 32]
-        labels = rng.integers(0, len(known["classes"]) - 1, share)                  # [B]
-        factor, log = lr_factor(step, args), {}
+        factor, batch, log = lr_factor(step, args), [], {}
         trains_generator = step % args.dfake_gen_update_ratio == 0
-        with torch.set_grad_enabled(trains_generator), hardware.autocast(device, args.precision):
-            x_gen = model.generate(z, labels, rng)                                  # [B, 3, 32, 32]
+        for share in shares:
+            rng = StepRandom(args.seed, step, device, *share)
+            z = rng.normal(n, 3, 32, 32).to(memory_format=torch.channels_last)      # [B, 3, 32, 32]
+            labels = rng.integers(0, len(known["classes"]) - 1, n)                  # [B]
+            with torch.set_grad_enabled(trains_generator), hardware.autocast(device, args.precision):
+                x_gen = model.generate(z, labels, rng)                              # [B, 3, 32, 32]
+            if trains_generator:
+                with hardware.autocast(device, args.precision):
+                    losses, _ = model.generator_turn(x_gen, labels, rng)
+                loss = losses["loss_dm"] + args.gen_cls_loss_weight * losses.get("gen_cls_loss", 0)
+                generator_optimizer.backward(loss / len(shares))
+                run.add(**losses)
+            batch.append((share, rng, x_gen.detach(), labels))
 
         if trains_generator:
-            with hardware.autocast(device, args.precision):
-                losses, _ = model.generator_turn(x_gen, labels, rng)
-            loss = losses["loss_dm"] + args.gen_cls_loss_weight * losses.get("gen_cls_loss", 0)
-            generator_optimizer.zero_grad()
-            loss.backward()
-            processes.average_gradients(generator.parameters())
-            grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
+            log["generator_grad_norm"] = generator_optimizer.clip(args.max_grad_norm)
             generator_optimizer.step(factor)
+            generator_optimizer.zero_grad()
             ema.update_parameters(generator)
-            log.update(losses, generator_grad_norm=grad_norm)
 
-        x_real, real_labels = batches(step) if gan else (None, None)                # [B, 3, 32, 32], [B]
-        if gan and args.flip:
-            x_real = data.random_flip(x_real, rng)
-        with hardware.autocast(device, args.precision):
-            losses, logits = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
-        loss = losses["loss_fake"] + args.cls_loss_weight * losses.get("cls_loss", 0)
-        guidance_optimizer.zero_grad()              # also of what a generator's loss may have left there
-        loss.backward()
-        processes.average_gradients(guidance_parameters)
-        grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
+        guidance_optimizer.zero_grad()              # of what a generator's loss may have left there
+        for share, rng, x_gen, labels in batch:
+            x_real, real_labels = batches(step, *share) if gan else (None, None)    # [B, 3, 32, 32], [B]
+            if gan and args.flip:
+                x_real = data.random_flip(x_real, rng)
+            with hardware.autocast(device, args.precision):
+                losses, logits = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
+            loss = losses["loss_fake"] + args.cls_loss_weight * losses.get("cls_loss", 0)
+            guidance_optimizer.backward(loss / len(shares))
+            run.add(**losses, **logits)
+
+        log["fake_grad_norm"] = guidance_optimizer.clip(args.max_grad_norm)
         guidance_optimizer.step(factor)
-        log.update(losses, **logits, fake_grad_norm=grad_norm)
 
         run.count(**log)
         run.keep()

@@ -9,7 +9,6 @@ Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tenso
 """
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 import diffusion
 from model import SimpleUNet
@@ -38,7 +37,7 @@ PRESETS = {
     ),
 }
 # What --resume refuses to change: two steps can follow one another only if these stay as they were.
-FIXED = ("dataset", "channels", "blocks", "batch_size", "seed", "optimizer")
+FIXED = ("dataset", "channels", "blocks", "seed", "optimizer")
 
 
 def parse_args(argv=None):
@@ -78,12 +77,13 @@ def main(argv=None):
     net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
     net = net.to(device, memory_format=torch.channels_last)
     ema = EMA(net, args.ema_decay)
-    optimizer = Optimizer(args.optimizer, {net: args.lr}, hardware.uses_bf16(device, args.precision))
-    parts = dict(model=net, ema=ema, optimizer=optimizer)
+    bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
+    optimizer = Optimizer(args.optimizer, {net: args.lr}, bf16, fp16)
+    batches = data.Batches(dataset, args.batch_size, args.seed, device)
+    parts = dict(model=net, ema=ema, optimizer=optimizer, batches=batches)
     resume.restore(args, state, parts)
     if args.compile:
         net.compile()
-    batches = data.Batches(dataset, args.batch_size, args.seed, device, *processes.SHARE)
 
     def describe():
         """What sampling, distillation and autoguidance need of the teacher."""
@@ -107,32 +107,36 @@ def main(argv=None):
     def draw():
         run.grid("teacher", rows, sample(grid_z, grid_labels))
 
+    shares = processes.shares(args.accumulate)      # of a batch, one after another; B: the images of one
+
     # --- the loop ----------------------------------------------------------------------------------------------------
     for step in run.steps(draw):
-        rng = StepRandom(args.seed, step, device, *processes.SHARE)
-        x_0, labels = batches(step)                                                 # [B, 3, 32, 32], [B]
-        n = len(x_0)
-        if args.flip:
-            x_0 = data.random_flip(x_0, rng)
-        if args.label_dropout:
-            labels = torch.where(rng.uniform(n) < args.label_dropout, -1, labels)   # -1: no class
-        sigma = diffusion.lognormal_sigma(rng.normal(n, 1, 1, 1), args.p_mean, args.p_std)      # [B, 1, 1, 1]
+        for share in shares:
+            rng = StepRandom(args.seed, step, device, *share)
+            x_0, labels = batches(step, *share)                                     # [B, 3, 32, 32], [B]
+            n = len(x_0)
+            if args.flip:
+                x_0 = data.random_flip(x_0, rng)
+            if args.label_dropout:
+                labels = torch.where(rng.uniform(n) < args.label_dropout, -1, labels)           # -1: no class
+            sigma = diffusion.lognormal_sigma(rng.normal(n, 1, 1, 1), args.p_mean, args.p_std)  # [B, 1, 1, 1]
 
-        # L = mean(w(sigma) (x0_hat(x_0 + sigma eps) - x_0)^2)        Karras et al. 2022, equations 2 and 8
-        x_t = (x_0 + sigma * rng.normal(*x_0.shape)).to(memory_format=torch.channels_last)
-        with hardware.autocast(device, args.precision):
-            x0_hat = net(x_t, sigma, labels)
-        loss = (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean()
+            # L = mean(w(sigma) (x0_hat(x_0 + sigma eps) - x_0)^2)    Karras et al. 2022, equations 2 and 8
+            x_t = (x_0 + sigma * rng.normal(*x_0.shape)).to(memory_format=torch.channels_last)
+            with hardware.autocast(device, args.precision):
+                x0_hat = net(x_t, sigma, labels)
+            loss = (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean()
 
-        loss.backward()
-        processes.average_gradients(net.parameters())
-        grad_norm = clip_grad_norm_(net.parameters(), args.max_grad_norm)
+            optimizer.backward(loss / len(shares))
+            run.add(loss=loss)
+
+        grad_norm = optimizer.clip(args.max_grad_norm)
         lr = args.lr * lr_factor(step, args)
         optimizer.step(lr_factor(step, args))
         optimizer.zero_grad()
         ema.update_parameters(net)
 
-        run.count(loss=loss, grad_norm=grad_norm, lr=lr)
+        run.count(grad_norm=grad_norm, lr=lr)
         if args.guide_at and run.step >= args.guide_at * args.steps and not guide.exists() and grad_norm.isfinite():
             checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep(): no resume may miss it
         run.keep()

@@ -131,6 +131,10 @@ def upgrade(state):
         for name, value in FORMER.items():
             if settings.get(name) == value:
                 del settings[name]
+    if isinstance(settings, dict) and isinstance(state.get("step"), int):
+        # Batches that were a function of the step alone.
+        seen = state["step"] * settings.get("batch_size", 0)
+        state.setdefault("batches", dict(step=state["step"], seen=seen, digest=None))
     if isinstance(state.get("emas"), dict) and state["emas"]:   # several averages, of which the first was sampled from
         state["ema"] = next(iter(state.pop("emas").values()))
     if isinstance(state.get("best"), dict) and "of" in state["best"]:

@@ -132,18 +132,30 @@ def random_flip(images, rng):
 
 
 class Batches:
-    """An endless stream of shuffled epochs, cut into batches; batches(step) depends on (seed, step) alone.
+    """An endless stream of shuffled epochs, cut into batches; no step reads an image twice within an epoch.
 
-    So a resumed run needs no data position beside its step, and no step reads an image twice within an epoch. Of
-    several processes (world) each takes its share (rank) of every batch.
+    Where the batch size stays, batches(step) depends on (seed, step) alone.
     """
 
-    def __init__(self, dataset, batch_size, seed, device, rank=0, world=1):
+    def __init__(self, dataset, batch_size, seed, device):
         self.images = dataset.images.to(device)
         self.labels = dataset.labels.to(device)
-        self.batch_size, self.seed = batch_size, seed
-        self.mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.batch_size, self.seed, self.digest = batch_size, seed, dataset.digest()
+        self.first, self.seen, self.step = 0, 0, 0  # the first step with batches of this size, images before it; next
         self.orders = {}                            # epoch -> permutation; only the epochs in use
+
+    def place(self, step):
+        """How many images the steps before this one have seen."""
+        return self.seen + (step - self.first) * self.batch_size
+
+    def state_dict(self):
+        return dict(step=self.step, seen=self.place(self.step), digest=self.digest)
+
+    def load_state_dict(self, state):
+        """Go on where another run has stopped, whose batches may have had another size."""
+        self.first, self.seen, self.step = state["step"], state["seen"], state["step"]
+        if state["digest"] not in (None, self.digest) and processes.MAIN:
+            print("note: the images are not those that the run had before", file=sys.stderr)
 
     def order(self, epoch):
         if epoch not in self.orders:
@@ -152,14 +164,15 @@ class Batches:
             self.orders[epoch] = torch.from_numpy(order).to(self.images.device)
         return self.orders[epoch]
 
-    def __call__(self, step):
-        """Returns images, float32 [B / world, 3, 32, 32] in [-1, 1], and labels, int64 [B / world]."""
-        position, end, rows = step * self.batch_size, (step + 1) * self.batch_size, []
+    def __call__(self, step, rank=0, world=1):
+        """A share of a step's batch: images, float32 [B / world, 3, 32, 32] in [-1, 1]; labels, int64 [B / world]."""
+        self.step = step + 1
+        position, end, rows = self.place(step), self.place(step + 1), []
         while position < end:
             epoch, start = divmod(position, len(self.images))
             rows.append(self.order(epoch)[start : start + end - position])
             position += len(rows[-1])
-        rows = torch.cat(rows)[self.mine]
+        rows = torch.cat(rows)[rank * self.batch_size // world : (rank + 1) * self.batch_size // world]
         return to_float(self.images[rows]), self.labels[rows]
 
 

@@ -88,8 +88,9 @@ def add_common(parser):
     parser.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
-        "--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto",
-        help="of the networks: auto is bf16 where the hardware has it; weights and preconditioning stay float32",
+        "--precision", choices=["auto", "bf16", "fp16", "tf32", "fp32"], default="auto",
+        help="of the networks: auto is bf16 where the hardware has it, fp16 is for older GPUs; weights and "
+        "preconditioning stay float32",
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -103,6 +104,9 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
     parser.add_argument("--run_dir", type=path, default=run_dir, help="where checkpoint, logs and grids/ go")
     parser.add_argument("--steps", type=count, default=steps, help="steps in all, those before a resume included")
     parser.add_argument("--batch_size", type=count, default=batch_size, help="images per step")
+    parser.add_argument(
+        "--accumulate", type=count, default=1, help="parts that a batch is cut into, one after another, to save memory"
+    )
     parser.add_argument("--log_every", type=count, default=50, help="steps between two readings of the losses")
     parser.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
     parser.add_argument("--save_every", type=count, default=save_every, help="steps between two checkpoints")

@@ -24,8 +24,10 @@ class Meter:
             self.history[name] = {step: torch.tensor(value, device=device) for step, value in entries.items()}
 
     def add(self, step, **scalars):
+        """Add to the step's scalars."""
         for name, value in scalars.items():
-            self.history.setdefault(name, {})[step] = value.detach()
+            entries = self.history.setdefault(name, {})
+            entries[step] = entries[step] + value.detach() if step in entries else value.detach()
 
     def state(self):
         """The unread scalars as numbers, for a checkpoint. Raises NonFiniteError naming the first bad step."""

@@ -16,7 +16,6 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
     int(os.environ[name]) if LAUNCHED else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
-SHARE = RANK, WORLD                                 # which of how many shares of a batch is this process's
 MAIN = RANK == 0                                    # the process that writes
 # The others wait while one measures, or loads a dataset. That one has died is torchrun's to see, at once.
 TIMEOUT = datetime.timedelta(days=7)
@@ -32,6 +31,11 @@ def start():
 def wait():
     """Return when all processes are here."""
     sum_on_host(torch.zeros(1))
+
+
+def shares(n):
+    """The shares (rank, world) of a batch that this process takes one after another, n of them."""
+    return [(RANK * n + i, WORLD * n) for i in range(n)]
 
 
 def lost(error):

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
@@ -62,8 +63,11 @@ def parse(parser, kind, presets, argv=None, fixed=()):
     args = parser.parse_args(argv)
     if args.sigma_min >= args.sigma_max:
         raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
-    if args.batch_size % processes.WORLD:
-        raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {processes.WORLD} processes")
+    if args.batch_size % (processes.WORLD * args.accumulate):
+        parts = f"{processes.WORLD} processes" + (f" in {args.accumulate} parts each" if args.accumulate > 1 else "")
+        raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {parts}")
+    if state and args.batch_size != state["settings"]["batch_size"] and processes.MAIN:
+        print(f"note: the batches were of {state['settings']['batch_size']} images before", file=sys.stderr)
     for name in fixed if state else ():
         saved = state["settings"].get(name, parser.get_default(name))               # no such flag in an older version
         none_yet = name == "dataset" and saved is None          # a student without a GAN that was not measured either

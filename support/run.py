@@ -3,7 +3,8 @@
     run = Run(args, state, device, parts, describe, sample)
     for step in run.steps(draw):                    # until the last one, or a signal to stop
         ...                                         # the algorithm
-        run.count(loss=loss, grad_norm=grad_norm)   # this step is done; logs
+        run.add(loss=loss)                          # of each of the batch's --accumulate shares
+        run.count(grad_norm=grad_norm)              # this step is done; logs
         run.keep()                                  # draws, saves and measures, as often as asked
 """
 
@@ -91,6 +92,10 @@ class Run:
     def every(self, n):
         """Whether the steps done are a multiple of n, or all."""
         return self.step % n == 0 or self.step == self.args.steps
+
+    def add(self, **means):
+        """Means over a share of the batch, of which --accumulate make up this process's."""
+        self.meter.add(self.step, **{name: mean.detach() / self.args.accumulate for name, mean in means.items()})
 
     def count(self, **values):
         """One more step is done. Every --log_every steps logs the means of its tensors, and its floats as they are."""

@@ -57,11 +57,10 @@ def test_the_shares_of_the_processes_make_up_one_process(tmp_path):
     assert len({r.choice(1000) for r in (one, *shares)}) == 1
     images = torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 32, 32).to(torch.uint8)
     dataset = data.Dataset(images, torch.arange(10), list("abcdefghij"))
-    whole = data.Batches(dataset, 4, 0, "cpu")
-    parts = [data.Batches(dataset, 4, 0, "cpu", rank, 2) for rank in range(2)]
+    batches = data.Batches(dataset, 4, 0, "cpu")
     for step in range(4):                           # beyond the first epoch
-        both = [part(step) for part in parts]
-        for i, wanted in enumerate(whole(step)):
+        both = [batches(step, rank, 2) for rank in range(2)]
+        for i, wanted in enumerate(batches(step)):
             assert torch.equal(wanted, torch.cat([pair[i] for pair in both]))
 
 

@@ -179,6 +179,40 @@ def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
     assert all(torch.equal(part("guidance_model.real_unet.")[name], value) for name, value in start.items())
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, teacher, parts):
+    both = ["--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0", *SIGMAS]
+    calls = {train0: ["--dataset", "folder", "--data_dir", photographs, "--channels", "8", "--label_dropout", "0.5"]}
+    calls[train] = ["--teacher", teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
+    calls[train] += ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--generator_lr", "1e-3"]
+    for script, flags in calls.items():
+        runs = [tmp_path / f"{script.__name__}{n}" for n in (1, parts)]
+        for run, n in zip(runs, (1, parts), strict=True):
+            how = ["--precision", "fp32", "--log_every", "1", "--accumulate", str(n), "--run_dir", str(run)]
+            assert call(script, *flags, *both, *how) == 0
+        logs = [log_of(run) for run in runs]
+        assert len(logs[0]) == 4
+        for one, other in zip(*logs, strict=True):
+            assert one.keys() == other.keys()
+            names = [name for name in one if "loss" in name or "norm" in name or "logit" in name]
+            assert [other[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-3)
+
+
+def test_float16_learns_as_float32_does(tmp_path, photographs, teacher):
+    few = ["--batch_size", "4", "--device", "cpu", "--steps", "3", "--warmup_steps", "0", "--log_every", "1"]
+    few += SIGMAS
+    calls = {train0: [*teacher_flags(photographs)], train: ["--teacher", teacher]}
+    for script, flags in calls.items():
+        losses = {}
+        for precision in ("fp32", "fp16"):
+            run = tmp_path / script.__name__ / precision
+            assert call(script, *flags, *few, "--precision", precision, "--run_dir", str(run)) == 0
+            losses[precision] = [row.get("loss", row.get("loss_fake")) for row in log_of(run)]
+        assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp16"] != losses["fp32"]
+        optimizer = "optimizer" if script is train0 else "guidance_optimizer"
+        assert checkpoint.load(run)[optimizer]["scale"] == (2.0**16, 3)
+
+
 def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, teacher, monkeypatch):
     flags = ["--teacher", teacher, "--batch_size", "4", "--device", "cpu", "--steps", "2", *SIGMAS]
     flags += ["--gen_cls_loss_weight", "0.1", "--cfg_scale", "5", "--precision", "fp32"]
