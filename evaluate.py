@@ -53,7 +53,8 @@ def parse_args(argv=None):
     source.add_argument(
         "--images", type=flags.path, help="a folder of images, however deep; default: the checkpoint's images"
     )
-    flags.add_dataset(parser, "real images, by default those of the checkpoint's training", None, None, flip=False)
+    real = parser.add_argument_group("real images, by default those of the checkpoint's training")
+    flags.add_dataset(real, None, None, flip=False)
     parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
     parser.add_argument(
         "--num_images", type=flags.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"

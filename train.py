@@ -16,7 +16,7 @@ import torch
 
 import diffusion
 from guidance import F_DIVERGENCES
-from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, teachers, validation
+from support import data, errors, flags, hardware, pictures, processes, resume, teachers, validation
 from support.ema import EMA
 from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
@@ -57,53 +57,57 @@ FIXED = (
 def parse_args(argv=None):
     parser = flags.Parser(description="Distil the teacher into a one-step generator.")
     parser.add_argument("--teacher", type=flags.path, default="runs/teacher", help="run folder or checkpoint")
-    flags.add_training(
+    learning = flags.add_training(
         parser, PRESETS, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000
     )
-    parser.add_argument(
+    learning.add_argument("--generator_lr", type=flags.rate, default=1e-4, help="learning rate of feedforward_model")
+    learning.add_argument("--guidance_lr", type=flags.rate, default=2e-4, help="learning rate of fake_unet")
+    learning.add_argument(
+        "--ema_decay", type=flags.fraction, default=0.999, help="of the generator, per generator turn, at most"
+    )
+    generator = parser.add_argument_group("the generator")
+    generator.add_argument(
         "--conditioning_sigma", type=flags.noise, default=80.0, help="noise level that the generator starts from"
     )
-    parser.add_argument(
+    generator.add_argument(
+        "--num_denoising_steps", type=flags.number(int, 1, 100), default=1, help="evaluations per image of the student"
+    )
+    generator.add_argument(
         "--dfake_gen_update_ratio", type=flags.count, default=10, help="guidance turns per generator turn"
     )
+    dm = parser.add_argument_group("the distribution matching (DM) loss")
     noise = "noise of the DM loss, as a fraction of the 1000 Karras steps"
-    parser.add_argument("--min_step_percent", type=flags.fraction, default=0.02, help=f"least {noise}")
-    parser.add_argument("--max_step_percent", type=flags.fraction, default=0.98, help=f"most {noise}")
-    parser.add_argument(
+    dm.add_argument("--min_step_percent", type=flags.fraction, default=0.02, help=f"least {noise}")
+    dm.add_argument("--max_step_percent", type=flags.fraction, default=0.98, help=f"most {noise}")
+    dm.add_argument(
         "--fake_noise", choices=["all", "dm"], default="all",
         help="what fake_unet learns: all of the 1000 steps, as in the paper, or only the range of the DM loss",
     )
-    parser.add_argument("--generator_lr", type=flags.rate, default=1e-4, help="learning rate of feedforward_model")
-    parser.add_argument("--guidance_lr", type=flags.rate, default=2e-4, help="learning rate of fake_unet")
-    parser.add_argument("--cls_head_lr", type=flags.rate, help="learning rate of the GAN's head; default: guidance_lr")
-    parser.add_argument(
-        "--ema_decay", type=flags.fraction, default=0.999, help="of the generator, per generator turn, at most"
-    )
-    parser.add_argument(
-        "--gen_cls_loss_weight", type=flags.weight, default=0.0,
-        help="weight of the GAN loss in the generator turn, 3e-3 in the paper; 0: no GAN, and no dataset needed",
-    )
-    parser.add_argument(
-        "--cls_loss_weight", type=flags.weight, default=1e-2, help="weight of the GAN loss in the guidance turn"
-    )
-    parser.add_argument(
-        "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
-        help="the GAN sees images noised to a random one of so many of the 1000 Karras steps; 0: clean images",
-    )
-    parser.add_argument(
+    dm.add_argument(
         "--f_div", choices=list(F_DIVERGENCES), default="rkl",
         help="divergence that the DM gradient lowers; kl and js need the GAN",
     )
-    parser.add_argument(
-        "--num_denoising_steps", type=flags.number(int, 1, 100), default=1, help="evaluations per image of the student"
+    flags.add_cfg(parser.add_argument_group("guidance of the teacher"), "real_unet")
+    gan = parser.add_argument_group("the GAN; its real images are by default those of the teacher's training")
+    gan.add_argument(
+        "--gen_cls_loss_weight", type=flags.weight, default=0.0,
+        help="weight of the GAN loss in the generator turn, 3e-3 in the paper; 0: no GAN, and no dataset needed",
     )
-    flags.add_cfg(parser, "real_unet")
-    flags.add_dataset(parser, "the GAN's real images, by default the teacher's", dataset=None, data_dir=None)
-    args, state = resume.parse(parser, "student", PRESETS, argv, FIXED)
+    gan.add_argument(
+        "--cls_loss_weight", type=flags.weight, default=1e-2, help="weight of the GAN loss in the guidance turn"
+    )
+    gan.add_argument("--cls_head_lr", type=flags.rate, help="learning rate of its head; default: guidance_lr")
+    gan.add_argument(
+        "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
+        help="the GAN sees images noised to a random one of so many of the 1000 Karras steps; 0: clean images",
+    )
+    flags.add_dataset(gan, dataset=None, data_dir=None)
+    flags.add_measuring(parser)
+    args, state = resume.parse(parser, "student", PRESETS, teachers.fitting, argv, FIXED)
     if args.guide and args.autoguidance_scale == 1 and state is None:
         parser.error("--guide needs an --autoguidance_scale other than 1")
     if state is None:
-        args.teacher = checkpoint.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
+        args.teacher = teachers.path(args)
     if args.f_div != "rkl" and not args.gen_cls_loss_weight:
         parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
     if args.f_div != "rkl" and args.accumulate > 1:
@@ -179,6 +183,7 @@ def main(argv=None):
         kind="student", classes=source["classes"], model_config=teacher.config, ema_decay=ema.decay,
         denoising_sigmas=model.denoising_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max,
         label_dropout=source.get("label_dropout", 0.0), guide_config=guide and guide.config,
+        teacher_digest=source.get("teacher_digest"),
     )
     shares = processes.shares(args.accumulate)      # of a batch, one after another
     n = args.batch_size // len(shares) // processes.WORLD           # B: the images of one

@@ -12,7 +12,7 @@ import torch
 
 import diffusion
 from model import SimpleUNet
-from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, validation
+from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, teachers, validation
 from support.ema import EMA
 from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
@@ -40,28 +40,42 @@ PRESETS = {
 FIXED = ("dataset", "channels", "blocks", "seed", "optimizer")
 
 
+def fitting(args):
+    """The name of the preset for the images and the machine."""
+    return resume.fitting(args, figures=args.dataset == "shapes")
+
+
 def parse_args(argv=None):
     parser = flags.Parser(description="Train the diffusion teacher.")
-    flags.add_dataset(parser, "images")
-    flags.add_training(
+    flags.add_dataset(parser)
+    learning = flags.add_training(
         parser, PRESETS, run_dir="runs/teacher", steps=50_000, batch_size=256, sample_every=2500, save_every=1000
     )
-    parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
-    parser.add_argument("--blocks", type=flags.count, default=1, help="residual blocks per level")
-    parser.add_argument("--lr", type=flags.rate, default=1e-3, help="peak learning rate")
+    learning.add_argument("--lr", type=flags.rate, default=1e-3, help="peak learning rate")
     parser.set_defaults(lr_schedule="cosine")
-    parser.add_argument("--ema_decay", type=flags.number(float, 0, 1), default=0.9995, help="per step, at most")
-    parser.add_argument(
-        "--label_dropout", type=flags.fraction, default=0.0, help="share of images shown without their class (guidance)"
+    learning.add_argument("--ema_decay", type=flags.number(float, 0, 1), default=0.9995, help="per step, at most")
+    learning.add_argument("--p_mean", type=flags.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
+    learning.add_argument("--p_std", type=flags.number(float, 0, 4), default=1.2, help="its standard deviation")
+    network = parser.add_argument_group("the network")
+    network.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, in eights")
+    network.add_argument("--blocks", type=flags.count, default=1, help="residual blocks per level")
+    network.add_argument(
+        "--init", type=flags.path, help="a teacher whose averaged weights to begin with, all but those of classes that "
+        "it does not know; default: none"
     )
-    parser.add_argument(
+    guidance = parser.add_argument_group("what guidance will need")
+    guidance.add_argument(
+        "--label_dropout", type=flags.fraction, default=0.0, help="share of images shown without their class"
+    )
+    guidance.add_argument(
         "--guide_at", type=flags.fraction, default=0.3333,
         help="share of the steps after which the averaged weights are kept as guide.pt, for autoguidance, once in a "
         "run; 0: never",
     )
-    parser.add_argument("--p_mean", type=flags.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
-    parser.add_argument("--p_std", type=flags.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
-    args, state = resume.parse(parser, "teacher", PRESETS, argv, FIXED)
+    flags.add_measuring(parser)
+    args, state = resume.parse(parser, "teacher", PRESETS, fitting, argv, FIXED)
+    if args.init and not state:
+        teachers.take_shape(args)
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
     return args, state
@@ -75,6 +89,8 @@ def main(argv=None):
 
     # --- network, EMA, optimizer -------------------------------------------------------------------------------------
     net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
+    if args.init and not state:
+        teachers.begin_from(args.init, net, dataset.classes)
     net = net.to(device, memory_format=torch.channels_last)
     ema = EMA(net, args.ema_decay)
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"

@@ -177,10 +177,11 @@ def stamp(folder):
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def or_shipped(path, default, name):
+def or_shipped(path, default, name, say=True):
     """path, or the weights that come with the code where path was not asked for and holds no run."""
     shipped = SHIPPED / name
     if path != default or Path(path).exists() or not shipped.exists():
         return path
-    processes.main_only(print)(f"there is no run in {path}: taking the shipped weights, {shipped}")
+    if say:
+        processes.main_only(print)(f"there is no run in {path}: taking the shipped weights, {shipped}")
     return str(shipped)

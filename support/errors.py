@@ -4,8 +4,11 @@ Exit codes: 0 finished, or --max_minutes are over; 2 a wrong call or input (noth
 later; 130, 143, ... a signal (Ctrl-C, kill, ...) ended it, a run after it was saved.
 """
 
+import json
+import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -50,7 +53,11 @@ def run(main):
             raise
     if processes.WORLD > 1 and code == 1:           # a wrong call is the same line for all: once a host is enough
         line = f"process {processes.RANK} of {processes.WORLD}: {line}"
+    line = " ".join(str(line).split())
     if code == 1 or processes.LOCAL_RANK == 0:
-        below_the_bar, line = "\n" if code == 1 else "", " ".join(str(line).split())
+        below_the_bar = "\n" if code == 1 else ""
         print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr, flush=True)
+    if processes.LAUNCHED and os.environ.get("TORCHELASTIC_ERROR_FILE"):        # what torchrun shows at its end
+        report = dict(message=dict(message=line, extraInfo=dict(timestamp=str(int(time.time())))))
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
     sys.exit(code)

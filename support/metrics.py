@@ -74,7 +74,7 @@ def inception(device, path=None):
         except Exception as error:                  # urllib's many
             raise MetricsError(
                 f"the weights of Inception could not be downloaded ({error}): put {URL_INCEPTION_V3} at {place} or "
-                "at --inception_weights FILE, or give --feature_extractor FILE.pt2, which features.py makes"
+                "at --inception_weights FILE, or give --feature_extractor FILE.pt2, which tools/features.py makes"
             ) from error
     try:                                            # torch-fidelity would unpickle anything: look first
         torch.load(place, map_location="cpu", weights_only=True)
@@ -131,7 +131,11 @@ def reference(images, extractor, cache_dir):
     """summary() of a dataset's images, uint8 [N, 3, 32, 32], read from cache_dir if these images were there before."""
     digest = hashlib.sha256(f"all features, {extractor.identity}".encode())          # an older cache kept some
     digest.update(images.contiguous().numpy())
-    path = Path(cache_dir).expanduser() / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        path = Path(cache_dir).expanduser() / f"{digest.hexdigest()[:32]}.npz"
+    except RuntimeError as error:                   # this user has no home
+        print(f"note: cannot keep the features in --cache_dir {cache_dir}: {error}", file=sys.stderr)
+        return summary(extractor(images)[0])
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file, features=torch.from_numpy(file["features"]))

@@ -56,7 +56,7 @@ class Run:
         self.folder = RunFolder(args.run_dir, args.stamp)
         self.path = self.folder.path
         self.stop, self.stopping = StopSignal(args.max_minutes), False
-        self.saved, self.drawn = time.monotonic(), state is not None
+        self.saved, self.drawn, self.warned = time.monotonic(), state is not None, False
         if state is None:                           # whether the disk takes it shows now, not after an hour
             self.save()
         self.folder.begin(self.step)
@@ -110,6 +110,11 @@ class Run:
         losses = {name: f"{value:.4f}" for name, value in means.items() if name in ("loss", "loss_fake")}
         images_per_second = self.timed_steps * self.args.batch_size / self.seconds
         self.timed_steps, self.seconds = 0, 0.0
+        hours = (self.args.steps - self.step) * self.args.batch_size / images_per_second / 3600
+        if hours > 24 and not self.warned and processes.MAIN:
+            better = "cifar10_gpu" if self.device.type == "cuda" else "cifar10"
+            print(f"note: at this speed {hours:.0f} hours to go; --preset {better} fits this machine", file=sys.stderr)
+        self.warned = True
         self.bar.set_postfix(**losses, images_per_s=f"{images_per_second:.0f}")
         floats = {name: value for name, value in values.items() if isinstance(value, float)}
         speed = dict(images_per_second=images_per_second, memory_mib=hardware.peak_memory_mib(self.device))

@@ -8,6 +8,7 @@ from support import processes, sampling
 from support.errors import UsageError
 
 NEIGHBOURS = 10_000                                 # real images that precision and recall look at
+LEAST_IMAGES = 64
 
 
 def check_features(args):
@@ -42,6 +43,9 @@ class Validation:
     def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
         from support import metrics
 
+        if len(dataset.images) < LEAST_IMAGES:
+            found = len(dataset.images)
+            raise UsageError(f"--eval_every needs {LEAST_IMAGES} real images to measure against, and there are {found}")
         self.extractor, self.seed, self.device = extractor, seed + 2**20, device
         self.labels = torch.arange(num_images) % len(dataset.classes)
         self.known = self.labels if extractor.classes == dataset.classes else None

@@ -13,7 +13,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-TINY = ["--device", "cpu", "--batch_size", "4", "--log_every", "2", "--sample_every", "5", "--save_every", "3"]
+TINY = ["--preset", "none", "--device", "cpu", "--batch_size", "4"]
+TINY += ["--log_every", "2", "--sample_every", "5", "--save_every", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,15 @@ def handlers():
     yield
     for signum, handler in before:
         signal.signal(signum, handler)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed and item.get_closest_marker("formula"):
+        report.sections.append(("what this means", (
+            "This test writes a formula or a loop out again, so it fails by design where that is changed: change both."
+        )))
 
 
 def call(script, *argv):

@@ -249,7 +249,7 @@ def test_what_was_measured_is_not_lost_with_the_cache(drawn, extractor, tmp_path
 
 def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_path, flags, monkeypatch):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.json")
-    tiny = ["--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
+    tiny = ["--preset", "none", "--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
     assert call(train0, "--dataset", "shapes", "--run_dir", run, *tiny) == 0
     few = ["--num_steps", "1", "--num_images", str(N), "--repeats", "2", "--autoguidance_scale", "2", "--guide", run]
     argv = ["--checkpoint", run, "--out", out, *few, *flags]

@@ -103,7 +103,8 @@ def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
 def test_presets_set_flags_that_there_are(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                     # argparse takes defaults of any name
     args = [vars(script.parse_args(["--preset", preset])[0]) for preset in script.PRESETS]
-    assert all(found.keys() == vars(script.parse_args([])[0]).keys() for found in args)
+    plain = vars(script.parse_args(["--preset", "none"])[0])
+    assert all(found.keys() == plain.keys() for found in args)
 
 
 def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeypatch):
@@ -142,13 +143,13 @@ def test_compiling_that_fails_is_one_line_and_can_be_left_out_of_a_preset(capsys
 
 def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args, _ = train.parse_args([])
+    args, _ = train.parse_args(["--preset", "none"])
     wanted = dict(
         conditioning_sigma=80.0, dfake_gen_update_ratio=10, min_step_percent=0.02, max_step_percent=0.98,
         sigma_min=0.002, sigma_max=80.0, fake_noise="all", cls_loss_weight=1e-2,
     )
     assert {name: getattr(args, name) for name in wanted} == wanted
-    args, _ = train0.parse_args([])
+    args, _ = train0.parse_args(["--preset", "none"])
     wanted = dict(
         p_mean=-1.2, p_std=1.2, flip=1, sigma_min=0.002, sigma_max=80.0,
         lr_schedule="cosine",
@@ -683,6 +684,16 @@ def test_labels_by_name_and_number(tmp_path, teacher):
     assert np.load(f"{tmp_path}/x.npz")["arr_1"].tolist() == [1, 0, 1, 1, 0]
 
 
+def test_single_images_are_those_of_the_npz_named_by_class_and_number(tmp_path, teacher):
+    paths = ["--images", f"{tmp_path}/new/images", "--npz", f"{tmp_path}/x.npz", "--out", f"{tmp_path}/x.png"]
+    assert call(sample, "--checkpoint", teacher, "--num_images", "3", "--device", "cpu", *paths) == 0
+    names = ["cat_00000.png", "cat_00002.png", "dog_00001.png"]
+    assert sorted(os.listdir(tmp_path / "new" / "images")) == names
+    for name in names:
+        pixels = np.asarray(Image.open(tmp_path / "new" / "images" / name))
+        assert np.array_equal(pixels, np.load(f"{tmp_path}/x.npz")["arr_0"][int(name[4:9])])
+
+
 WRONG = [
     (train, ["--conditioning_sigma", "-1"], "--conditioning_sigma"),
     (train, ["--conditioning_sigma", "nan"], "--conditioning_sigma"),
@@ -754,6 +765,7 @@ WRONG = [
     (sample, ["--checkpoint", "{teacher}", "--labels", "cow"], "cat, dog"),
     (sample, ["--checkpoint", "{teacher}", "--out", "no_such_folder/x.png"], "no_such_folder"),
     (sample, ["--checkpoint", "{teacher}", "--num_images", "0"], "--num_images"),
+    (sample, ["--checkpoint", "{teacher}", "--images", "{tree}/cat/0.png"], "--images"),
 ]
 
 

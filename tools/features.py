@@ -106,7 +106,7 @@ def read(args, split):
 def parse_args(argv=None):
     parser = flags.Parser(description="Train and save a feature network for the images of a dataset.")
     flags.add_common(parser)
-    flags.add_dataset(parser, "images to learn from")
+    flags.add_dataset(parser.add_argument_group("images to learn from"))
     parser.add_argument("--epochs", type=flags.count, help="passes over them; default: 3 for shapes, 6 for others")
     parser.add_argument("--out", type=flags.path, default="features.pt2", help="the network, for evaluate.py")
     args = parser.parse_args(argv)
