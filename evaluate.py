@@ -7,12 +7,13 @@
     python evaluate.py --feature_extractor features.pt2                  # distances in another network's features
 
 Prints a table and writes one JSON with everything needed to do it again. Distances fall with the number of images: only
-those of equal --num_images compare, and below 10,000 the name says how many they were (FID@2048).
+those of equal --num_images compare. Below 10,000 the name says how many they were (FID@2048), and a floor is given: the
+distance of as many of the real images.
 """
 
 import hashlib
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from support import (
     errors,
     flags,
     hardware,
+    image_files,
     metrics,
     processes,
     records,
@@ -34,7 +36,7 @@ from support import (
     validation,
 )
 
-LEAST_IMAGES = 2048                                 # with fewer the covariance of Inception's 2048 features has no rank
+LEAST_IMAGES = 256
 
 
 def parse_args(argv=None):
@@ -51,7 +53,8 @@ def parse_args(argv=None):
     source.add_argument(
         "--images", type=flags.path, help="a folder of images, however deep; default: the checkpoint's images"
     )
-    flags.add_dataset(parser, "real images, by default those of the checkpoint's training", None, None, flip=False)
+    real = parser.add_argument_group("real images, by default those of the checkpoint's training")
+    flags.add_dataset(real, None, None, flip=False)
     parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
     parser.add_argument(
         "--num_images", type=flags.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
@@ -100,12 +103,12 @@ def read_npz(path):
 
 def read_images(folder):
     """All images below a folder, by name: uint8 [N, 3, 32, 32]; larger ones are resized as those of a dataset are."""
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
+    images, others = image_files.find(folder)
+    if not images:
         raise data.DataError(f"no images in {folder}")
-    with ThreadPoolExecutor() as pool:
-        return torch.from_numpy(np.stack(list(pool.map(data.read_image, paths)))).permute(0, 3, 1, 2).contiguous()
+    if others and processes.MAIN:
+        print(f"note: {folder}: {image_files.left_out(others)}", file=sys.stderr)
+    return image_files.read(images)
 
 
 def sha256(path):
@@ -152,7 +155,8 @@ def main(argv=None):
             with hardware.autocast(device, args.precision):
                 given = sampling.generate(sample, seed, labels, args.batch_size, device, bar=True)
             making += time.perf_counter() - began
-        values = processes.from_main(metrics.distances, given, labels, real, extractor, args.neighbours)
+        known = labels if extractor.classes == dataset.classes else None
+        values = processes.from_main(metrics.distances, given, known, real, extractor, args.neighbours)
         runs.append(dict(seed=seed, **values))
 
     n = len(given)
@@ -166,6 +170,8 @@ def main(argv=None):
         reference=dict(dataset=args.dataset, split=args.split, images=len(dataset.images)),
         torch_fidelity=torch_fidelity.__version__, seconds=round(time.perf_counter() - start, 1),
     )
+    if n < 10_000:
+        report["floor"] = processes.from_main(metrics.floor, real, n)
     if state:
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
@@ -180,6 +186,8 @@ def main(argv=None):
         for name, value in values.items():
             deviation = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
             print(f"{name.upper():24} {value['mean']:10.4f}{deviation}")
+        if n < 10_000:
+            print(f"{f'FLOOR OF {extractor.name}@{n}':24} {report['floor']:10.4f}")
         print(args.out)
 
 

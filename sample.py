@@ -4,6 +4,7 @@
     python sample.py --checkpoint runs/teacher --num_steps 18 --out teacher.png
     python sample.py --labels cat dog 8 --num_images 30
     python sample.py --num_images 50000 --npz samples.npz                # for evaluation
+    python sample.py --images DIR                                        # also single images, DIR/cat_00003.png, ...
     python sample.py --walk walk.gif                                     # the grid on its way to the next seed's
 
 Image i depends on --seed, i and its label alone. Without --labels image i is of class i modulo their number, so that
@@ -39,6 +40,9 @@ def parse_args(argv=None):
         "--npz", type=flags.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
     )
     parser.add_argument(
+        "--images", type=flags.path, help="also a folder for single images, DIR/<class>_<index>.png; default: none"
+    )
+    parser.add_argument(
         "--walk", type=flags.path, help="also a GIF: the noise walks to that of --seed + 1 and back; default: none"
     )
     parser.add_argument("--num_images", type=flags.count, default=100, help="images in all")
@@ -53,6 +57,8 @@ def parse_args(argv=None):
     for path in filter(None, (args.out, args.npz, args.walk)):
         if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not flags.writable(path):
             parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
+    if args.images and (Path(args.images).is_file() or not flags.writable(args.images)):
+        parser.error(f"cannot write into --images {args.images}")
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out {args.out} does not end in .png")
     if args.walk and Path(args.walk).suffix.lower() != ".gif":
@@ -67,6 +73,15 @@ def class_indices(names, classes):
         if name not in numbers:
             raise errors.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {', '.join(classes)}")
     return [numbers[name] for name in names]
+
+
+@processes.main_only
+def write_images(folder, images, names):
+    """Write images, uint8 [N, 3, 32, 32], as folder/<name>_<index>.png."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i, (pixels, name) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), names, strict=True)):
+        path = Path(folder, f"{name}_{i:05d}.png".replace("/", "_"))
+        records.write(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, format="png"))
 
 
 def main(argv=None):
@@ -101,10 +116,12 @@ def main(argv=None):
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
         records.write(args.npz, lambda file: np.savez(file, *arrays))
+    if args.images:
+        write_images(args.images, images, [state["classes"][label] for label in labels])
     nfe = sampling.evaluations(state, args.num_steps, cfg)
     processes.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
-        f"{rate:.1f} images/s, {', '.join(filter(None, (args.out, args.npz, args.walk)))}"
+        f"{rate:.1f} images/s, {', '.join(filter(None, (args.out, args.npz, args.images, args.walk)))}"
     )
 
 

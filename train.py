@@ -13,12 +13,12 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 from contextlib import nullcontext
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 import diffusion
 from guidance import F_DIVERGENCES
-from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, teachers, validation
+from support import data, errors, flags, hardware, pictures, processes, resume, teachers, validation
 from support.ema import EMA
+from support.meter import add_part
 from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
 from support.recorded import recorded
@@ -51,7 +51,7 @@ PRESETS = {
 }
 # What --resume refuses to change: two steps can follow one another only if these stay as they were.
 FIXED = (
-    "teacher", "guide", "dataset", "batch_size", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
+    "teacher", "guide", "dataset", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
     "sigma_min", "sigma_max",
 )
 
@@ -59,55 +59,61 @@ FIXED = (
 def parse_args(argv=None):
     parser = flags.Parser(description="Distil the teacher into a one-step generator.")
     parser.add_argument("--teacher", type=flags.path, default="runs/teacher", help="run folder or checkpoint")
-    flags.add_training(
+    learning = flags.add_training(
         parser, PRESETS, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000
     )
-    parser.add_argument(
+    learning.add_argument("--generator_lr", type=flags.rate, default=1e-4, help="learning rate of feedforward_model")
+    learning.add_argument("--guidance_lr", type=flags.rate, default=2e-4, help="learning rate of fake_unet")
+    learning.add_argument(
+        "--ema_decay", type=flags.fraction, default=0.999, help="of the generator, per generator turn, at most"
+    )
+    generator = parser.add_argument_group("the generator")
+    generator.add_argument(
         "--conditioning_sigma", type=flags.noise, default=80.0, help="noise level that the generator starts from"
     )
-    parser.add_argument(
+    generator.add_argument(
+        "--num_denoising_steps", type=flags.number(int, 1, 100), default=1, help="evaluations per image of the student"
+    )
+    generator.add_argument(
         "--dfake_gen_update_ratio", type=flags.count, default=10, help="guidance turns per generator turn"
     )
+    dm = parser.add_argument_group("the distribution matching (DM) loss")
     noise = "noise of the DM loss, as a fraction of the 1000 Karras steps"
-    parser.add_argument("--min_step_percent", type=flags.fraction, default=0.02, help=f"least {noise}")
-    parser.add_argument("--max_step_percent", type=flags.fraction, default=0.98, help=f"most {noise}")
-    parser.add_argument(
+    dm.add_argument("--min_step_percent", type=flags.fraction, default=0.02, help=f"least {noise}")
+    dm.add_argument("--max_step_percent", type=flags.fraction, default=0.98, help=f"most {noise}")
+    dm.add_argument(
         "--fake_noise", choices=["all", "dm"], default="all",
         help="what fake_unet learns: all of the 1000 steps, as in the paper, or only the range of the DM loss",
     )
-    parser.add_argument("--generator_lr", type=flags.rate, default=1e-4, help="learning rate of feedforward_model")
-    parser.add_argument("--guidance_lr", type=flags.rate, default=2e-4, help="learning rate of fake_unet")
-    parser.add_argument("--cls_head_lr", type=flags.rate, help="learning rate of the GAN's head; default: guidance_lr")
-    parser.add_argument(
-        "--ema_decay", type=flags.fraction, default=0.999, help="of the generator, per generator turn, at most"
-    )
-    parser.add_argument(
-        "--gen_cls_loss_weight", type=flags.weight, default=0.0,
-        help="weight of the GAN loss in the generator turn, 3e-3 in the paper; 0: no GAN, and no dataset needed",
-    )
-    parser.add_argument(
-        "--cls_loss_weight", type=flags.weight, default=1e-2, help="weight of the GAN loss in the guidance turn"
-    )
-    parser.add_argument(
-        "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
-        help="the GAN sees images noised to a random one of so many of the 1000 Karras steps; 0: clean images",
-    )
-    parser.add_argument(
+    dm.add_argument(
         "--f_div", choices=list(F_DIVERGENCES), default="rkl",
         help="divergence that the DM gradient lowers; kl and js need the GAN",
     )
-    parser.add_argument(
-        "--num_denoising_steps", type=flags.number(int, 1, 100), default=1, help="evaluations per image of the student"
+    flags.add_cfg(parser.add_argument_group("guidance of the teacher"), "real_unet")
+    gan = parser.add_argument_group("the GAN; its real images are by default those of the teacher's training")
+    gan.add_argument(
+        "--gen_cls_loss_weight", type=flags.weight, default=0.0,
+        help="weight of the GAN loss in the generator turn, 3e-3 in the paper; 0: no GAN, and no dataset needed",
     )
-    flags.add_cfg(parser, "real_unet")
-    flags.add_dataset(parser, "the GAN's real images, by default the teacher's", dataset=None, data_dir=None)
-    args, state = resume.parse(parser, "student", PRESETS, argv, FIXED)
+    gan.add_argument(
+        "--cls_loss_weight", type=flags.weight, default=1e-2, help="weight of the GAN loss in the guidance turn"
+    )
+    gan.add_argument("--cls_head_lr", type=flags.rate, help="learning rate of its head; default: guidance_lr")
+    gan.add_argument(
+        "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
+        help="the GAN sees images noised to a random one of so many of the 1000 Karras steps; 0: clean images",
+    )
+    flags.add_dataset(gan, dataset=None, data_dir=None)
+    flags.add_measuring(parser)
+    args, state = resume.parse(parser, "student", PRESETS, teachers.fitting, argv, FIXED)
     if args.guide and args.autoguidance_scale == 1 and state is None:
         parser.error("--guide needs an --autoguidance_scale other than 1")
     if state is None:
-        args.teacher = checkpoint.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
+        args.teacher = teachers.path(args)
     if args.f_div != "rkl" and not args.gen_cls_loss_weight:
         parser.error(f"--f_div {args.f_div} needs the GAN's head: give --gen_cls_loss_weight, 3e-3 for instance")
+    if args.f_div != "rkl" and args.accumulate > 1:
+        parser.error(f"--f_div {args.f_div} takes a mean over the whole batch, which --accumulate cuts up")
     if args.gen_cls_loss_weight and not args.cls_loss_weight:
         parser.error("--cls_loss_weight 0 would leave the GAN's head as it starts, at random")
     if args.f_div != "rkl" and args.diffusion_gan_max_timestep <= diffusion.timestep(args.max_step_percent):
@@ -163,24 +169,25 @@ def main(argv=None):
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
     ema = EMA(generator, args.ema_decay)
-    bf16 = hardware.uses_bf16(device, args.precision)
-    generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16)
+    bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
+    generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16, fp16)
     guidance_lrs = {guidance.fake_unet: args.guidance_lr}
     if gan:
         guidance_lrs[guidance.cls_head] = args.cls_head_lr or args.guidance_lr
-    guidance_parameters = [p for network in guidance_lrs for p in network.parameters()]
-    guidance_optimizer = Optimizer(args.optimizer, guidance_lrs, bf16)
+    guidance_optimizer = Optimizer(args.optimizer, guidance_lrs, bf16, fp16)
     # `model` holds the teacher and its guide too, so that a run stands on its own.
     parts = dict(model=model, ema=ema, generator_optimizer=generator_optimizer, guidance_optimizer=guidance_optimizer)
+    if gan:
+        batches = parts["batches"] = data.Batches(dataset, args.batch_size, args.seed, device)
     resume.restore(args, state, parts)
-    batches = data.Batches(dataset, args.batch_size, args.seed, device, *processes.SHARE) if gan else None
 
     known = dict(
         kind="student", classes=source["classes"], model_config=teacher.config, ema_decay=ema.decay,
         denoising_sigmas=model.denoising_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max,
         label_dropout=source.get("label_dropout", 0.0), guide_config=guide and guide.config,
+        teacher_digest=source.get("teacher_digest"),
     )
-    share = args.batch_size // processes.WORLD      # B: of this process
+    n = args.batch_size // processes.WORLD // args.accumulate       # B: the images that are in the networks at once
 
     def describe():
         return dict(known, model_ema=ema.module.state_dict())
@@ -199,49 +206,49 @@ def main(argv=None):
             network.compile(dynamic=False)          # the GAN's two batches in one would make shapes look variable
 
     # --- the step, and the loop --------------------------------------------------------------------------------------
-    @recorded(device, args.compile and args.record)
-    def train_step(rng, trains_generator, num_steps, x_real, real_labels, factor):  # x_real: [B, 3, 32, 32]
-        z = rng.normal(share, 3, 32, 32).to(memory_format=torch.channels_last)      # [B, 3, 32, 32]
-        labels = rng.integers(0, len(known["classes"]) - 1, share)                  # [B]
-        log = {}
-        with torch.set_grad_enabled(trains_generator), hardware.autocast(device, args.precision):
-            x_gen = model.generate(z, labels, rng, num_steps)                       # [B, 3, 32, 32]
+    @recorded(device, args.compile and args.record and not fp16)
+    def train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor):
+        log, parts, k = {}, [], len(rngs)           # the batch has --accumulate parts, with a rng each
+        for rng in rngs:
+            z = rng.normal(n, 3, 32, 32).to(memory_format=torch.channels_last)      # [B, 3, 32, 32]
+            labels = rng.integers(0, len(known["classes"]) - 1, n)                  # [B]
+            with torch.set_grad_enabled(trains_generator), hardware.autocast(device, args.precision):
+                x_gen = model.generate(z, labels, rng, num_steps)                   # [B, 3, 32, 32]
+            parts.append((rng, x_gen.detach(), labels))
+            if trains_generator:
+                with hardware.autocast(device, args.precision):
+                    losses, _ = model.generator_turn(x_gen, labels, rng)
+                loss = losses["loss_dm"] + args.gen_cls_loss_weight * losses.get("gen_cls_loss", 0)
+                generator_optimizer.backward(loss / k)
+                add_part(log, k, **losses)
 
         if trains_generator:
-            with hardware.autocast(device, args.precision):
-                losses, _ = model.generator_turn(x_gen, labels, rng)
-            loss = losses["loss_dm"] + args.gen_cls_loss_weight * losses.get("gen_cls_loss", 0)
-            generator_optimizer.zero_grad()
-            loss.backward()
-            processes.average_gradients(generator.parameters())
-            grad_norm = clip_grad_norm_(generator.parameters(), args.max_grad_norm)
+            log["generator_grad_norm"] = generator_optimizer.clip(args.max_grad_norm)
             generator_optimizer.step(factor)
+            generator_optimizer.zero_grad()
             ema.update_parameters(generator)
-            log.update(losses, generator_grad_norm=grad_norm)
 
-        if gan and args.flip:
-            x_real = data.random_flip(x_real, rng)
-        with hardware.autocast(device, args.precision):
-            losses, logits = model.guidance_turn(x_gen, labels, rng, x_real, real_labels)
-        loss = losses["loss_fake"] + args.cls_loss_weight * losses.get("cls_loss", 0)
-        guidance_optimizer.zero_grad()              # also of what a generator's loss may have left there
-        loss.backward()
-        processes.average_gradients(guidance_parameters)
-        grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
+        guidance_optimizer.zero_grad()              # of what a generator's loss may have left there
+        for part, (rng, x_gen, labels) in enumerate(parts):
+            real = [batch.chunk(k)[part] for batch in (x_real, real_labels)] if gan else []
+            if gan and args.flip:
+                real[0] = data.random_flip(real[0], rng)                            # [B, 3, 32, 32]
+            with hardware.autocast(device, args.precision):
+                losses, logits = model.guidance_turn(x_gen, labels, rng, *real)
+            loss = losses["loss_fake"] + args.cls_loss_weight * losses.get("cls_loss", 0)
+            guidance_optimizer.backward(loss / k)
+            add_part(log, k, **losses, **logits)
+
+        log["fake_grad_norm"] = guidance_optimizer.clip(args.max_grad_norm)
         guidance_optimizer.step(factor)
-        log.update(losses, **logits, fake_grad_norm=grad_norm)
         return log
 
-    for step in run.steps():
-        rng = StepRandom(args.seed, step, device, *processes.SHARE)
+    for step in run.steps(draw_grids):
+        rngs = [StepRandom(args.seed, step, device, *share) for share in processes.shares(args.accumulate)]
         trains_generator = step % args.dfake_gen_update_ratio == 0
-        num_steps = 1 + rng.choice(args.num_denoising_steps)    # of the generator, in this step of the training
-        x_real, real_labels = batches(step) if gan else (None, None)                # [B, 3, 32, 32], [B]
-        log = train_step(rng, trains_generator, num_steps, x_real, real_labels, lr_factor(step, args))
-
-        run.count(**log)
-        if run.every(args.sample_every):
-            draw_grids()
+        num_steps = 1 + rngs[0].choice(args.num_denoising_steps)        # of the generator, in this step of the training
+        real = batches(step, *processes.SHARE) if gan else (None, None)             # [B, 3, 32, 32], [B]
+        run.count(**train_step(rngs, trains_generator, num_steps, *real, lr_factor(step, args)))
         run.keep()
 
 

@@ -9,12 +9,12 @@ Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tenso
 """
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 import diffusion
 from model import SimpleUNet
-from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, validation
+from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, teachers, validation
 from support.ema import EMA
+from support.meter import add_part
 from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
 from support.recorded import recorded
@@ -39,31 +39,45 @@ PRESETS = {
     ),
 }
 # What --resume refuses to change: two steps can follow one another only if these stay as they were.
-FIXED = ("dataset", "channels", "blocks", "batch_size", "seed", "optimizer")
+FIXED = ("dataset", "channels", "blocks", "seed", "optimizer")
+
+
+def fitting(args):
+    """The name of the preset for the images and the machine."""
+    return resume.fitting(args, figures=args.dataset == "shapes")
 
 
 def parse_args(argv=None):
     parser = flags.Parser(description="Train the diffusion teacher.")
-    flags.add_dataset(parser, "images")
-    flags.add_training(
+    flags.add_dataset(parser)
+    learning = flags.add_training(
         parser, PRESETS, run_dir="runs/teacher", steps=50_000, batch_size=256, sample_every=2500, save_every=1000
     )
-    parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
-    parser.add_argument("--blocks", type=flags.count, default=1, help="residual blocks per level")
-    parser.add_argument("--lr", type=flags.rate, default=1e-3, help="peak learning rate")
+    learning.add_argument("--lr", type=flags.rate, default=1e-3, help="peak learning rate")
     parser.set_defaults(lr_schedule="cosine")
-    parser.add_argument("--ema_decay", type=flags.number(float, 0, 1), default=0.9995, help="per step, at most")
-    parser.add_argument(
-        "--label_dropout", type=flags.fraction, default=0.0, help="share of images shown without their class (guidance)"
+    learning.add_argument("--ema_decay", type=flags.number(float, 0, 1), default=0.9995, help="per step, at most")
+    learning.add_argument("--p_mean", type=flags.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
+    learning.add_argument("--p_std", type=flags.number(float, 0, 4), default=1.2, help="its standard deviation")
+    network = parser.add_argument_group("the network")
+    network.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, in eights")
+    network.add_argument("--blocks", type=flags.count, default=1, help="residual blocks per level")
+    network.add_argument(
+        "--init", type=flags.path, help="a teacher whose averaged weights to begin with, all but those of classes that "
+        "it does not know; default: none"
     )
-    parser.add_argument(
+    guidance = parser.add_argument_group("what guidance will need")
+    guidance.add_argument(
+        "--label_dropout", type=flags.fraction, default=0.0, help="share of images shown without their class"
+    )
+    guidance.add_argument(
         "--guide_at", type=flags.fraction, default=0.3333,
         help="share of the steps after which the averaged weights are kept as guide.pt, for autoguidance, once in a "
         "run; 0: never",
     )
-    parser.add_argument("--p_mean", type=flags.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
-    parser.add_argument("--p_std", type=flags.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
-    args, state = resume.parse(parser, "teacher", PRESETS, argv, FIXED)
+    flags.add_measuring(parser)
+    args, state = resume.parse(parser, "teacher", PRESETS, fitting, argv, FIXED)
+    if args.init and not state:
+        teachers.take_shape(args)
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
     return args, state
@@ -77,14 +91,17 @@ def main(argv=None):
 
     # --- network, EMA, optimizer -------------------------------------------------------------------------------------
     net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
+    if args.init and not state:
+        teachers.begin_from(args.init, net, dataset.classes)
     net = net.to(device, memory_format=torch.channels_last)
     ema = EMA(net, args.ema_decay)
-    optimizer = Optimizer(args.optimizer, {net: args.lr}, hardware.uses_bf16(device, args.precision))
-    parts = dict(model=net, ema=ema, optimizer=optimizer)
+    bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
+    optimizer = Optimizer(args.optimizer, {net: args.lr}, bf16, fp16)
+    batches = data.Batches(dataset, args.batch_size, args.seed, device)
+    parts = dict(model=net, ema=ema, optimizer=optimizer, batches=batches)
     resume.restore(args, state, parts)
     if args.compile:
         net.compile()
-    batches = data.Batches(dataset, args.batch_size, args.seed, device, *processes.SHARE)
 
     def describe():
         """What sampling, distillation and autoguidance need of the teacher."""
@@ -105,37 +122,41 @@ def main(argv=None):
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
 
+    def draw():
+        run.grid("teacher", rows, sample(grid_z, grid_labels))
+
     # --- the step, and the loop --------------------------------------------------------------------------------------
-    @recorded(device, args.compile and args.record)
-    def train_step(rng, x_0, labels, factor):                                       # [B, 3, 32, 32], [B]
-        n = len(x_0)
-        if args.flip:
-            x_0 = data.random_flip(x_0, rng)
-        if args.label_dropout:
-            labels = torch.where(rng.uniform(n) < args.label_dropout, -1, labels)   # -1: no class
-        sigma = diffusion.lognormal_sigma(rng.normal(n, 1, 1, 1), args.p_mean, args.p_std)      # [B, 1, 1, 1]
+    @recorded(device, args.compile and args.record and not fp16)
+    def train_step(rngs, images, classes, factor):  # of the batch; of rngs one for each of its --accumulate parts
+        log, k = {}, len(rngs)
+        for rng, x_0, labels in zip(rngs, images.chunk(k), classes.chunk(k), strict=True):      # [B, 3, 32, 32], [B]
+            n = len(x_0)
+            if args.flip:
+                x_0 = data.random_flip(x_0, rng)
+            if args.label_dropout:
+                labels = torch.where(rng.uniform(n) < args.label_dropout, -1, labels)           # -1: no class
+            sigma = diffusion.lognormal_sigma(rng.normal(n, 1, 1, 1), args.p_mean, args.p_std)  # [B, 1, 1, 1]
 
-        # L = mean(w(sigma) (x0_hat(x_0 + sigma eps) - x_0)^2)        Karras et al. 2022, equations 2 and 8
-        x_t = (x_0 + sigma * rng.normal(*x_0.shape)).to(memory_format=torch.channels_last)
-        with hardware.autocast(device, args.precision):
-            x0_hat = net(x_t, sigma, labels)
-        loss = (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean()
+            # L = mean(w(sigma) (x0_hat(x_0 + sigma eps) - x_0)^2)    Karras et al. 2022, equations 2 and 8
+            x_t = (x_0 + sigma * rng.normal(*x_0.shape)).to(memory_format=torch.channels_last)
+            with hardware.autocast(device, args.precision):
+                x0_hat = net(x_t, sigma, labels)
+            loss = (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean()
+            optimizer.backward(loss / k)
+            add_part(log, k, loss=loss)
 
-        loss.backward()
-        processes.average_gradients(net.parameters())
-        grad_norm = clip_grad_norm_(net.parameters(), args.max_grad_norm)
+        log["grad_norm"] = optimizer.clip(args.max_grad_norm)
         optimizer.step(factor)
         optimizer.zero_grad()
         ema.update_parameters(net)
-        return dict(loss=loss, grad_norm=grad_norm)
+        return log
 
-    for step in run.steps():
-        rng, factor = StepRandom(args.seed, step, device, *processes.SHARE), lr_factor(step, args)
-        log = train_step(rng, *batches(step), factor)
+    for step in run.steps(draw):
+        factor = lr_factor(step, args)              # learning rate, as a fraction of its peak
+        rngs = [StepRandom(args.seed, step, device, *share) for share in processes.shares(args.accumulate)]
+        log = train_step(rngs, *batches(step, *processes.SHARE), factor)
 
         run.count(**log, lr=args.lr * factor)
-        if run.every(args.sample_every):
-            run.grid("teacher", rows, sample(grid_z, grid_labels))
         late = args.guide_at and run.step >= args.guide_at * args.steps
         if late and not guide.exists() and log["grad_norm"].isfinite():
             checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep(): no resume may miss it

@@ -7,10 +7,12 @@ import zipfile
 
 import torch
 
+CLASSES = "classes.json"                            # the extra file that names a classifier's classes, a list
 # What torch.export.save writes into its archive where all that a program holds are tensors.
 MEMBERS = re.compile(
     r"data/(weights/(weight_\d+|model_weights_config\.json)|constants/(tensor_\d+|model_constants_config\.json)"
     r"|sample_inputs/model\.pt)|models/model\.json|archive_format|archive_version|byteorder|\.data/\w+"
+    rf"|extra/{re.escape(CLASSES)}"
 )
 
 

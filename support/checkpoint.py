@@ -4,6 +4,7 @@
     state = checkpoint.load("runs/teacher", kind="teacher")      # a file, or a run folder
 """
 
+import errno
 import io
 import math
 import os
@@ -52,16 +53,24 @@ def save(path, state, compressed=False):
             file.flush()
             os.fsync(file.fileno())                 # the data must be on disk before the name is
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:        # torch turns a write error into a RuntimeError
         temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         raise OSError(f"cannot save {path}: {reason}; what was saved there before stands") from error
+
+
+def sync_folder(path):
+    """Put the names in a folder on disk, where its file system can: some of networks cannot, and the file is saved."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(folder)
 
 
 def find(path):
@@ -122,6 +131,10 @@ def upgrade(state):
         for name, value in FORMER.items():
             if settings.get(name) == value:
                 del settings[name]
+    if isinstance(settings, dict) and isinstance(state.get("step"), int):
+        # Batches that were a function of the step alone.
+        seen = state["step"] * settings.get("batch_size", 0)
+        state.setdefault("batches", dict(step=state["step"], seen=seen, digest=None))
     if isinstance(state.get("emas"), dict) and state["emas"]:   # several averages, of which the first was sampled from
         state["ema"] = next(iter(state.pop("emas").values()))
     if isinstance(state.get("best"), dict) and "of" in state["best"]:
@@ -164,10 +177,11 @@ def stamp(folder):
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def or_shipped(path, default, name):
+def or_shipped(path, default, name, say=True):
     """path, or the weights that come with the code where path was not asked for and holds no run."""
     shipped = SHIPPED / name
     if path != default or Path(path).exists() or not shipped.exists():
         return path
-    processes.main_only(print)(f"there is no run in {path}: taking the shipped weights, {shipped}")
+    if say:
+        processes.main_only(print)(f"there is no run in {path}: taking the shipped weights, {shipped}")
     return str(shipped)

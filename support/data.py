@@ -8,26 +8,23 @@ A whole 32x32 dataset is small (CIFAR-10: 150 MB as uint8), so it lives on the d
 """
 
 import contextlib
+import hashlib
+import json
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
 
-from model import IMAGE_SIZE
-from support import processes, shapes
+from support import image_files, processes, shapes
 from support.errors import UsageError
+from support.image_files import DataError, few
 
 DATASETS = ("cifar10", "folder", "shapes")
 SHAPES_TRAIN_IMAGES = 20_000
-
-
-class DataError(UsageError):
-    """The dataset cannot be read; the message is one line that names the file or folder."""
 
 
 @dataclass
@@ -35,14 +32,28 @@ class Dataset:
     images: torch.Tensor                            # uint8 [N, 3, 32, 32] RGB
     labels: torch.Tensor                            # int64 [N]
     classes: list                                   # class names, in label order
+    left_out: list = field(default_factory=list)    # paths of files beside them that were not taken
+
+    def __str__(self):
+        """270 images, 3 classes (leaf, apple, sky), 30 files left out (.heic)"""
+        parts = [f"{len(self.images)} images", f"{len(self.classes)} classes ({few(self.classes)})"]
+        return ", ".join(parts + ([image_files.left_out(self.left_out)] if self.left_out else []))
+
+    def digest(self):
+        """SHA-256, hex, of the images, the labels and the class names: the same where a training sees the same."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for tensor in self.images, self.labels:
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
 
 def load(name, data_dir="data", split="train"):
     """Read a dataset into memory.
 
     Args:
-        name: "cifar10" (downloaded to data_dir if it is not there), "folder" (an ImageFolder tree,
-            data_dir/<class>/<image>, or data_dir/<split>/<class>/<image>), or "shapes" (drawn, needs nothing).
+        name: "cifar10" (downloaded to data_dir if it is not there), "folder" (a tree
+            data_dir/<class>/<image>, or data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find),
+            or "shapes" (drawn, needs nothing).
         split: "train" or "test".
 
     Raises:
@@ -65,45 +76,44 @@ def load_cifar10(root, split):
         for folder in absent:                       # made for a download that did not come
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        reason = " ".join(str(error).split())
+        cifar, reason = torchvision.datasets.CIFAR10, " ".join(str(error).split())
+        archive = root / cifar.filename
+        damaged = archive.exists() and not torchvision.datasets.utils.check_integrity(archive, cifar.tgz_md5)
         raise DataError(
-            f"CIFAR-10 is not complete in {root} and could not be downloaded ({reason}); either put "
-            f"cifar-10-python.tar.gz into {root}, or train on other images: --dataset folder --data_dir DIR, "
-            "or --dataset shapes"
+            f"{f'{archive} is damaged' if damaged else f'CIFAR-10 is not complete in {root}'} and could not be "
+            f"downloaded ({reason}); either put a whole {archive.name} into {root}, or train on other images: "
+            "--dataset folder --data_dir DIR, or --dataset shapes"
         ) from error
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()          # [N, 3, 32, 32]
     return Dataset(images, torch.tensor(cifar.targets), cifar.classes)
 
 
-def read_image(path):
-    """One image file as uint8 [32, 32, 3]: the shorter side is resized to 32 and the centre is cut out."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-                scale = IMAGE_SIZE / min(image.size)
-                size = [max(IMAGE_SIZE, round(side * scale)) for side in image.size]
-                left, top = (size[0] - IMAGE_SIZE) // 2, (size[1] - IMAGE_SIZE) // 2
-                image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-                image = image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
-            return np.asarray(image)
-    except Exception as error:                      # each of Pillow's readers has its own ways to fail
-        raise DataError(f"cannot read image {path}: {error}") from error
-
-
 def load_folder(root, split):
-    if any(folder.is_dir() for folder in (root / split).glob("*")):           # classes in it: it is no class itself
+    if not root.is_dir():
+        raise DataError(f"--data_dir {root}: no such folder")
+    if class_folders(root / split):                 # classes in it: it is no class itself
         root = root / split
     elif split != "train":
         raise DataError(f"--data_dir {root} has no folder {split}")
-    try:
-        tree = torchvision.datasets.ImageFolder(root)
-    except OSError as error:                        # no such folder, no class folder, or an empty one
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--data_dir {root} is no tree of class folders with images: {reason}") from error
-    with ThreadPoolExecutor() as pool:              # decoding releases the interpreter lock
-        images = np.stack(list(pool.map(read_image, [path for path, _ in tree.samples])))
-    return Dataset(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(tree.targets), tree.classes)
+    folders = class_folders(root)
+    loose = [path for path in root.glob("[!.]*") if not path.is_dir()]
+    if not folders:
+        a_class = any(image_files.is_image(path) for path in loose)
+        advice = ", only images: give its parent, if it is a class" if a_class else ""
+        raise DataError(f"--data_dir {root} has no class folders{advice}")
+    seen = {os.path.realpath(root)}
+    found = [image_files.find(folder, seen) for folder in folders]
+    empty = [folder.name for folder, (images, _) in zip(folders, found, strict=True) if not images]
+    if empty:
+        raise DataError(f"no images in class folder {few(empty)} of {root}, or only such as another class has")
+    images = image_files.read([path for images, _ in found for path in images])
+    labels = torch.cat([torch.full((len(images),), label) for label, (images, _) in enumerate(found)])
+    left_out = loose + [path for _, others in found for path in others]
+    return Dataset(images, labels, [folder.name for folder in folders], left_out)
+
+
+def class_folders(root):
+    return sorted(path for path in root.glob("[!.]*") if path.is_dir())
 
 
 def to_float(images):
@@ -122,18 +132,30 @@ def random_flip(images, rng):
 
 
 class Batches:
-    """An endless stream of shuffled epochs, cut into batches; batches(step) depends on (seed, step) alone.
+    """An endless stream of shuffled epochs, cut into batches; no step reads an image twice within an epoch.
 
-    So a resumed run needs no data position beside its step, and no step reads an image twice within an epoch. Of
-    several processes (world) each takes its share (rank) of every batch.
+    Where the batch size stays, batches(step) depends on (seed, step) alone.
     """
 
-    def __init__(self, dataset, batch_size, seed, device, rank=0, world=1):
+    def __init__(self, dataset, batch_size, seed, device):
         self.images = dataset.images.to(device)
         self.labels = dataset.labels.to(device)
-        self.batch_size, self.seed = batch_size, seed
-        self.mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.batch_size, self.seed, self.digest = batch_size, seed, dataset.digest()
+        self.first, self.seen, self.step = 0, 0, 0  # the first step with batches of this size, images before it; next
         self.orders = {}                            # epoch -> permutation; only the epochs in use
+
+    def place(self, step):
+        """How many images the steps before this one have seen."""
+        return self.seen + (step - self.first) * self.batch_size
+
+    def state_dict(self):
+        return dict(step=self.step, seen=self.place(self.step), digest=self.digest)
+
+    def load_state_dict(self, state):
+        """Go on where another run has stopped, whose batches may have had another size."""
+        self.first, self.seen, self.step = state["step"], state["seen"], state["step"]
+        if state["digest"] not in (None, self.digest) and processes.MAIN:
+            print("note: the images are not those that the run had before", file=sys.stderr)
 
     def order(self, epoch):
         if epoch not in self.orders:
@@ -142,14 +164,15 @@ class Batches:
             self.orders[epoch] = torch.from_numpy(order).to(self.images.device)
         return self.orders[epoch]
 
-    def __call__(self, step):
-        """Returns images, float32 [B / world, 3, 32, 32] in [-1, 1], and labels, int64 [B / world]."""
-        position, end, rows = step * self.batch_size, (step + 1) * self.batch_size, []
+    def __call__(self, step, rank=0, world=1):
+        """A share of a step's batch: images, float32 [B / world, 3, 32, 32] in [-1, 1]; labels, int64 [B / world]."""
+        self.step = step + 1
+        position, end, rows = self.place(step), self.place(step + 1), []
         while position < end:
             epoch, start = divmod(position, len(self.images))
             rows.append(self.order(epoch)[start : start + end - position])
             position += len(rows[-1])
-        rows = torch.cat(rows)[self.mine]
+        rows = torch.cat(rows)[rank * self.batch_size // world : (rank + 1) * self.batch_size // world]
         return to_float(self.images[rows]), self.labels[rows]
 
 
@@ -170,9 +193,11 @@ def from_flags(args, state=None, split="train"):
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
     loaded = processes.first_of_host(load, args.dataset, args.data_dir, split)
     if state and loaded.classes != state["classes"]:
-        raise UsageError(f"the classes of --dataset {args.dataset} are not those of the checkpoint")
+        theirs, ours = few(state["classes"]), few(loaded.classes)
+        raise UsageError(f"--dataset {args.dataset} has the classes {ours}; those of the checkpoint are {theirs}")
+    processes.main_only(print)(f"{args.dataset}: {loaded}")
     counts = loaded.labels.bincount(minlength=len(loaded.classes))
     if counts.max() > 1.1 * counts.min() and processes.MAIN:
-        few, many = counts.min(), counts.max()
-        print(f"note: the classes have {few} to {many} images; students learn as many of each", file=sys.stderr)
+        least, most = counts.min(), counts.max()
+        print(f"note: the classes have {least} to {most} images; students learn as many of each", file=sys.stderr)
     return loaded

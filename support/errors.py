@@ -1,10 +1,14 @@
 """What a user can cause ends in one line on stderr and an exit code.
 
-Exit codes: 0 finished or stopped on request, 2 a wrong call or input (nothing was written), 1 something failed later.
+Exit codes: 0 finished, or --max_minutes are over; 2 a wrong call or input (nothing was written); 1 something failed
+later; 130, 143, ... a signal (Ctrl-C, kill, ...) ended it, a run after it was saved.
 """
 
+import json
+import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,8 +29,10 @@ def run(main):
     script = Path(sys.argv[0]).name
     try:
         main()
-        processes.finish()
         sys.exit()
+    except SystemExit:
+        processes.finish()
+        raise
     except UsageError as error:
         code, line = 2, error
     except (RunError, OSError) as error:
@@ -34,7 +40,7 @@ def run(main):
     except ModuleNotFoundError as error:            # torch-fidelity, which only a measurement imports
         code, line = 1, f"{error}: pip install -r requirements.txt"
     except KeyboardInterrupt:                       # before the loop, which has its own way to stop
-        code, line = 1, "interrupted"
+        code, line = 130, "interrupted"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         code, reason = 1, str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory", str(error)):
@@ -47,7 +53,11 @@ def run(main):
             raise
     if processes.WORLD > 1 and code == 1:           # a wrong call is the same line for all: once a host is enough
         line = f"process {processes.RANK} of {processes.WORLD}: {line}"
+    line = " ".join(str(line).split())
     if code == 1 or processes.LOCAL_RANK == 0:
-        below_the_bar, line = "\n" if code == 1 else "", " ".join(str(line).split())
+        below_the_bar = "\n" if code == 1 else ""
         print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr, flush=True)
+    if processes.LAUNCHED and os.environ.get("TORCHELASTIC_ERROR_FILE"):        # what torchrun shows at its end
+        report = dict(message=dict(message=line, extraInfo=dict(timestamp=str(int(time.time())))))
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
     sys.exit(code)

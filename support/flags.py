@@ -16,13 +16,19 @@ from support.errors import UsageError
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=40, width=120)
+
     def _get_help_string(self, action):             # where the default is None, the help says what that means
         return action.help if action.default is None else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "__name__", "name").upper()
 
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Help, allow_abbrev=False, usage="%(prog)s [--FLAG VALUE ...]", **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
@@ -30,6 +36,12 @@ class Parser(argparse.ArgumentParser):
             if action.nargs in (None, "+", 2) and getattr(parsed, action.dest, None) == []:
                 self.error(f"argument {action.option_strings[0]}: expected one argument")
         return parsed
+
+    def given(self, args=None):
+        """The names of the flags that were given: not those at their defaults."""
+        unset = object()
+        found = super().parse_args(args, argparse.Namespace(**{action.dest: unset for action in self._actions}))
+        return {name for name, value in vars(found).items() if value is not unset}
 
     def error(self, message):
         raise UsageError(f"{message} (see --help)")
@@ -88,8 +100,9 @@ def add_common(parser):
     parser.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
-        "--precision", choices=["auto", "bf16", "tf32", "fp32"], default="auto",
-        help="of the networks: auto is bf16 where the hardware has it; weights and preconditioning stay float32",
+        "--precision", choices=["auto", "bf16", "fp16", "tf32", "fp32"], default="auto",
+        help="of the networks: auto is bf16 where the hardware has it, fp16 is for older GPUs; weights and "
+        "preconditioning stay float32",
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -98,59 +111,75 @@ def add_common(parser):
 
 
 def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save_every):
-    """Flags of the two training scripts."""
-    add_common(parser)
+    """Flags of the two training scripts. Returns the group of those that say how the networks learn, to add to."""
     parser.add_argument(
-        "--record", action=argparse.BooleanOptionalAction, default=True,
-        help="with --compile on one GPU: record the kernels of a step once and replay them",
+        "--preset", help=f"a named set of defaults, shown by --preset NAME --help: {', '.join(presets)}, or none, the "
+        "plain losses; default: the one for these images and this machine",
     )
     parser.add_argument("--run_dir", type=path, default=run_dir, help="where checkpoint, logs and grids/ go")
-    parser.add_argument("--steps", type=count, default=steps, help="steps in all, those before a resume included")
-    parser.add_argument("--batch_size", type=count, default=batch_size, help="images per step")
-    parser.add_argument("--log_every", type=count, default=50, help="steps between two readings of the losses")
-    parser.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
-    parser.add_argument("--save_every", type=count, default=save_every, help="steps between two checkpoints")
-    parser.add_argument(
-        "--max_minutes", type=positive, help="save and stop after so many minutes, --resume goes on; default: no limit"
-    )
-    parser.add_argument(
-        "--optimizer", choices=["adam", "muon"], default="adam",
-        help="muon: Muon for the convolutions inside the networks, Adam for the rest",
-    )
-    parser.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise to the learning rate")
-    parser.add_argument(
-        "--lr_schedule", choices=["cosine", "constant"], default="constant", help="after the rise; cosine ends at zero"
-    )
-    parser.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
-    parser.add_argument("--preset", help=f"a named set of defaults: {', '.join(presets)}; default: none")
     parser.add_argument(
         "--resume", action="store_true", help="go on from run_dir's checkpoint with its settings, if it has one"
     )
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a run_dir that holds a run")
-    parser.add_argument(
+    run = parser.add_argument_group("the run")
+    run.add_argument("--overwrite", action="store_true", help="start anew in a run_dir that holds a run")
+    run.add_argument("--steps", type=count, default=steps, help="steps in all, those before a resume included")
+    run.add_argument(
+        "--max_minutes", type=positive, help="save and stop after so many minutes, --resume goes on; default: no limit"
+    )
+    run.add_argument("--log_every", type=count, default=50, help="steps between two readings of the losses")
+    run.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
+    run.add_argument(
+        "--save_every", type=count, default=save_every, help="steps between two checkpoints, ten minutes at most"
+    )
+    add_common(run)
+    run.add_argument(
+        "--record", action=argparse.BooleanOptionalAction, default=True,
+        help="with --compile on one GPU: record the kernels of a step once and replay them",
+    )
+    learning = parser.add_argument_group("how the networks learn")
+    learning.add_argument("--batch_size", type=count, default=batch_size, help="images per step")
+    learning.add_argument(
+        "--accumulate", type=count, default=1, help="parts that a batch is cut into, one after another, to save memory"
+    )
+    learning.add_argument(
+        "--optimizer", choices=["adam", "muon"], default="adam",
+        help="muon: Muon for the convolutions inside the networks, Adam for the rest",
+    )
+    learning.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise to the learning rate")
+    learning.add_argument(
+        "--lr_schedule", choices=["cosine", "constant"], default="constant", help="after the rise; cosine ends at zero"
+    )
+    learning.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
+    schedule = "of the Karras schedule; images span [-1, 1]"
+    learning.add_argument("--sigma_min", type=noise, default=diffusion.SIGMA_MIN, help=f"least noise {schedule}")
+    learning.add_argument("--sigma_max", type=noise, default=diffusion.SIGMA_MAX, help=f"most noise {schedule}")
+    return learning
+
+
+def add_measuring(parser):
+    """Flags of the two training scripts, for their last group."""
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument(
         "--eval_every", type=natural, default=0,
         help="steps between two measurements of the averaged weights' images as by evaluate.py; the checkpoint of the "
         "least Frechet distance is kept as best.pt; 0: none",
     )
-    parser.add_argument("--eval_images", type=number(int, 64), default=2048, help="images of such a measurement")
-    add_features(parser)
-    schedule = "of the Karras schedule; images span [-1, 1]"
-    parser.add_argument("--sigma_min", type=noise, default=diffusion.SIGMA_MIN, help=f"least noise {schedule}")
-    parser.add_argument("--sigma_max", type=noise, default=diffusion.SIGMA_MAX, help=f"most noise {schedule}")
+    measuring.add_argument("--eval_images", type=number(int, 64), default=2048, help="images of such a measurement")
+    add_features(measuring)
 
 
-def add_dataset(parser, title, dataset="cifar10", data_dir="data", flip=True):
-    group = parser.add_argument_group(title)
+def add_dataset(parser, dataset="cifar10", data_dir="data", flip=True):
+    """Flags of the real images, for a parser or a group of it; None: those of the checkpoint."""
     otherwise = "" if dataset else "; default: the checkpoint's"
-    group.add_argument(
+    parser.add_argument(
         "--dataset", choices=DATASETS, default=dataset, help=f"folder: any tree of <class>/<image>{otherwise}"
     )
-    group.add_argument(
+    parser.add_argument(
         "--data_dir", type=path, default=data_dir,
         help=f"where cifar10 is, or is downloaded to; or the folder{otherwise}",
     )
     if flip:
-        group.add_argument(
+        parser.add_argument(
             "--flip", type=number(int, 0, 1), default=1 if dataset else None,
             help=f"1: mirror half of the images, 0: none{otherwise}",
         )

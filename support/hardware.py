@@ -45,7 +45,7 @@ def pick_device(name, precision="auto"):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("choose auto, cpu, cuda, cuda:N or mps")
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).add(1).item()             # a GPU that this torch has no kernels for fails here
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)           # events and collectives go by the current one
     except (RuntimeError, AssertionError) as error:
@@ -90,7 +90,9 @@ def uses_bf16(device, precision):
 
 
 def autocast(device, precision):
-    """Context in which networks run: precision is "bf16", "tf32", "fp32" or "auto" (bf16 where it is fast)."""
+    """Context in which networks run: precision is "bf16", "fp16", "tf32", "fp32" or "auto" (bf16 where it is fast)."""
+    if precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
     return torch.autocast(device.type, torch.bfloat16) if uses_bf16(device, precision) else contextlib.nullcontext()
 
 

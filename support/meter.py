@@ -12,6 +12,12 @@ class NonFiniteError(RunError):
     """A loss or gradient norm became NaN or infinite."""
 
 
+def add_part(log, parts, **means):
+    """Add what one of so many equal parts of a batch contributes to the batch's means: name -> 0-d tensor, in log."""
+    for name, mean in means.items():
+        log[name] = log.get(name, 0) + mean.detach() / parts
+
+
 class Meter:
     """Scalars of the steps since the last reading, kept on the device: only read() and state() synchronise.
 

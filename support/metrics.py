@@ -7,6 +7,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,8 +20,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from support import hardware
-from support.archive import without_pickles
+from support import archive, hardware
 from support.data import DataError
 
 INCEPTION = "inception-v3-compat"
@@ -39,10 +39,11 @@ class Extractor:
         name: what the distances in these features are called by, "FID" for Inception, else "FD".
         identity: what tells these features from others, for the cache.
         network: uint8 [N, 3, 32, 32] -> (features [N, D], logits [N, K] or None).
+        classes: the names of the K classes, None where they are not known.
     """
 
-    def __init__(self, name, identity, network, device):
-        self.name, self.identity, self.network, self.device = name, identity, network, device
+    def __init__(self, name, identity, network, device, classes=None):
+        self.name, self.identity, self.network, self.device, self.classes = name, identity, network, device, classes
 
     @torch.no_grad()
     def __call__(self, images, batch_size=250):
@@ -72,8 +73,8 @@ def inception(device, path=None):
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix="6726825d", progress=False)
         except Exception as error:                  # urllib's many
             raise MetricsError(
-                f"the weights of Inception could not be downloaded ({error}): put {URL_INCEPTION_V3} at {file}, "
-                "or give --feature_extractor FILE.pt2"
+                f"the weights of Inception could not be downloaded ({error}): put {URL_INCEPTION_V3} at {file} or "
+                "at --inception_weights FILE, or give --feature_extractor FILE.pt2, which tools/features.py makes"
             ) from error
     try:                                            # torch-fidelity would unpickle anything: look first
         torch.load(file, map_location="cpu", weights_only=True)
@@ -86,7 +87,8 @@ def inception(device, path=None):
 def exported(path, device):
     """A feature network saved by torch.export: uint8 [N, 3, 32, 32] -> features [N, D], or (features, logits [N, K]).
 
-    Such a file is a program: take it from people you trust. Files with pickled objects inside are refused.
+    Such a file is a program: take it from people you trust. Files with pickled objects inside are refused. Its
+    classes have the names in archive.CLASSES, if there is such a member.
 
     Raises:
         MetricsError: it is not there, no such program, or takes or gives something else.
@@ -94,19 +96,23 @@ def exported(path, device):
     try:
         content = Path(path).read_bytes()
         # A program remembers the device that it was made on and checks its input for it: .to(device) would not do.
-        program = torch.export.load(without_pickles(content))
+        extra = {archive.CLASSES: "null"}
+        program = torch.export.load(archive.without_pickles(content), extra_files=extra)
+        classes = json.loads(extra[archive.CLASSES])
         program = move_to_device_pass(program, torch.empty(0, device=device).device).module()
         for n in 4, 5:                              # an N that was fixed when it was exported shows now
             out = program(torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=device))
             features, logits = out if isinstance(out, tuple | list) else (out, None)
             if features.ndim != 2 or len(features) != n or (logits is not None and logits.ndim != 2):
                 raise ValueError("it does not give features [N, D] or (features, logits [N, K])")
+        if classes is not None and (logits is None or len(classes) != logits.shape[1]):
+            raise ValueError(f"it names {len(classes)} classes and has not as many logits")
     except OSError as error:
         raise MetricsError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:                      # any layer of the reader, or the program itself
         raise MetricsError(f"{path} is no feature network of torch.export: {str(error).splitlines()[0]}") from error
     network = program if logits is not None else lambda images: (program(images), None)
-    return Extractor("FD", hashlib.sha256(content).hexdigest(), network, device)
+    return Extractor("FD", hashlib.sha256(content).hexdigest(), network, device, classes)
 
 
 def at_most(features, most, seed=0):
@@ -125,7 +131,11 @@ def reference(images, extractor, cache_dir):
     """summary() of a dataset's images, uint8 [N, 3, 32, 32], read from cache_dir if these images were there before."""
     digest = hashlib.sha256(f"all features, {extractor.identity}".encode())          # an older cache kept some
     digest.update(images.contiguous().numpy())
-    path = Path(cache_dir).expanduser() / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        path = Path(cache_dir).expanduser() / f"{digest.hexdigest()[:32]}.npz"
+    except RuntimeError as error:                   # this user has no home
+        print(f"note: cannot keep the features in --cache_dir {cache_dir}: {error}", file=sys.stderr)
+        return summary(extractor(images)[0])
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file, features=torch.from_numpy(file["features"]))
@@ -150,27 +160,37 @@ def distances(images, labels, real, extractor, neighbours=None):
 
     Args:
         images: uint8 [N, 3, 32, 32].
-        labels: the classes they were generated for, [N], or None.
+        labels: the classes they were generated for, [N], by extractor.classes; None where it does not know them.
         real: the dataset's summary().
         neighbours: how many images of each set precision and recall look at, whose time is their square; None: all.
 
     Returns:
-        a dict of floats: fid or fd (Frechet distance), kid (mean of 100 subsets), precision and recall (in the same
-        features, as in guided-diffusion's evaluation; torch-fidelity's own default for these two is VGG); for Inception
-        the inception_score; for a classifier's logits the class_accuracy.
+        a dict of floats: fid or fd (Frechet distance), precision and recall (in the same features, as in
+        guided-diffusion's evaluation; torch-fidelity's own default for these two is VGG); for Inception kid (mean of
+        100 subsets; its kernel is made for the scale of those features) and the inception_score; for a classifier's
+        logits the class_accuracy.
     """
     features, logits = extractor(images)
     generated = summary(features)
     values = {extractor.name.lower(): fid_statistics_to_metric(generated, real, verbose=False)[KEY_METRIC_FID]}
     one, two = generated["features"], real["features"]
-    subset = min(KID_SUBSET, len(one), len(two))
-    kid = kid_features_to_metric(one, two, kid_subset_size=subset, verbose=False)
-    values["kid"] = kid["kernel_inception_distance_mean"]
-    one, two = at_most(one, neighbours), at_most(two, neighbours)
-    manifold = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
-    values.update(precision=manifold["precision"], recall=manifold["recall"])
     if extractor.name == "FID":
+        subset = min(KID_SUBSET, len(one), len(two))
+        kid = kid_features_to_metric(one, two, kid_subset_size=subset, verbose=False)
+        values["kid"] = kid["kernel_inception_distance_mean"]
         values["inception_score"] = isc_features_to_metric(logits)["inception_score_mean"]
     elif logits is not None and labels is not None:
         values["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+    one, two = at_most(one, neighbours), at_most(two, neighbours)
+    manifold = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    values.update(precision=manifold["precision"], recall=manifold["recall"])
     return values
+
+
+def floor(real, n):
+    """The Frechet distance between a dataset and n of its images, drawn with replacement.
+
+    A perfect model is no nearer with n images: the estimate of the covariance is off by so much.
+    """
+    rows = np.random.default_rng(0).integers(len(real["features"]), size=n)
+    return fid_statistics_to_metric(summary(real["features"][rows]), real, verbose=False)[KEY_METRIC_FID]

@@ -1,5 +1,7 @@
 """The networks that checkpoints hold."""
 
+import hashlib
+
 import torch
 
 from model import SimpleUNet
@@ -15,3 +17,11 @@ def averaged(state, device="cpu"):
     net = rebuild(state["model_config"])
     net.load_state_dict(state["model_ema"])
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def digest(weights):
+    """SHA-256, hex, of a network's weights, name -> tensor."""
+    found = hashlib.sha256()
+    for value in weights.values():
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,7 +1,8 @@
 """The optimizer of both phases: Adam, or Muon for the convolutions inside a network and Adam for the rest of it.
 
     optimizer = Optimizer("muon", {net: 4e-3})      # network -> its learning rate
-    loss.backward()
+    optimizer.backward(loss)
+    grad_norm = optimizer.clip(10.0)
     optimizer.step(0.5)                             # at half that rate
     optimizer.zero_grad()
 """
@@ -9,8 +10,9 @@
 import math
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-from support import hardware
+from support import hardware, processes
 
 MOMENTUM = 0.95
 # (a, b, c) of polynomials a x + b x^3 + c x^5, to be applied in turn: each comes as near to 1 as its degree can on what
@@ -21,6 +23,8 @@ POLYNOMIALS = (
     (3.174604, -2.380433, 0.497826),
     (2.189463, -1.567221, 0.407887),
 )
+# Of the loss in float16, whose least number is 6e-8: as in torch.amp.GradScaler, but that a step is not taken in part.
+FIRST_SCALE, STEPS_TO_DOUBLE = 2.0**16, 2000
 
 
 def symmetric(a, b):
@@ -122,9 +126,10 @@ class Optimizer:
         name: "adam", or "muon" for all convolutions but those from or to pixels and logits, and Adam for the rest.
         rates: network -> peak learning rate; the networks are on their device.
         bf16: whether Muon computes its products so.
+        fp16: whether the networks run in float16, so that the loss must be scaled up.
     """
 
-    def __init__(self, name, rates, bf16=False):
+    def __init__(self, name, rates, bf16=False, fp16=False):
         def inside(weight):
             return name == "muon" and weight.ndim == 4 and min(weight.shape[:2]) > 3
 
@@ -139,6 +144,34 @@ class Optimizer:
         self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True, capturable=self.recordable))
         if name == "muon":
             self.parts["muon"] = Muon(groups(True), bf16)
+        self.scale, self.good_steps = FIRST_SCALE if fp16 else 1.0, 0
+
+    def parameters(self):
+        return [p for network in self.networks for p in network.parameters()]
+
+    def backward(self, loss):
+        """Add a loss's gradients to the networks' own."""
+        (loss * self.scale).backward()
+
+    def clip(self, max_norm):
+        """Average the gradients over the processes, and shorten them where they are longer than max_norm.
+
+        Returns:
+            the length that they had, a 0-d tensor. 0 where they overflowed in float16: then there are none any more, no
+            step is taken, and the next ones are scaled by half as much.
+        """
+        processes.average_gradients(self.parameters())
+        if self.scale != 1:
+            torch._foreach_div_([p.grad for p in self.parameters() if p.grad is not None], self.scale)
+        norm = clip_grad_norm_(self.parameters(), max_norm)
+        if self.scale == 1 or norm.isfinite():      # at a scale of 1 the run has diverged
+            self.good_steps += 1
+        else:
+            self.zero_grad()
+            self.scale, self.good_steps, norm = self.scale / 2, 0, torch.zeros_like(norm)
+        if self.scale != 1 and self.good_steps == STEPS_TO_DOUBLE:
+            self.scale, self.good_steps = 2 * self.scale, 0
+        return norm
 
     def step(self, factor=1.0):
         """One step at factor times the peak learning rates; where the step is recorded factor is a 0-d tensor."""
@@ -152,7 +185,8 @@ class Optimizer:
             network.zero_grad()
 
     def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        scale = {} if self.scale == 1 else dict(scale=(self.scale, self.good_steps))
+        return {name: part.state_dict() for name, part in self.parts.items()} | scale
 
     def load_state_dict(self, state):
         """Raises KeyError or ValueError if it is that of other networks or of another optimizer."""
@@ -160,6 +194,8 @@ class Optimizer:
             part.load_state_dict(state[name])
         for group in self.parts["adam"].param_groups:
             group["capturable"] = self.recordable   # here, whatever it was where the state was saved
+        if self.scale != 1:                         # it may have been of another precision before
+            self.scale, self.good_steps = state.get("scale", (self.scale, self.good_steps))
 
 
 def lr_factor(step, args):

@@ -19,14 +19,24 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
 SHARE = RANK, WORLD                                 # which of how many shares of a batch is this process's
 MAIN = RANK == 0                                    # the process that writes
 # The others wait while one measures, or loads a dataset. That one has died is torchrun's to see, at once.
-TIMEOUT = datetime.timedelta(hours=2)
+TIMEOUT = datetime.timedelta(days=7)
 
 
 def start():
     """Connect the processes: gloo between their hosts, nccl between their GPUs. Returns when all are there."""
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    wait()
+
+
+def wait():
+    """Return when all processes are here."""
     sum_on_host(torch.zeros(1))
+
+
+def shares(n):
+    """The shares (rank, world) of a batch that this process takes one after another, n of them."""
+    return [(RANK * n + i, WORLD * n) for i in range(n)]
 
 
 def lost(error):
@@ -89,7 +99,7 @@ def any_process(flag):
 def first_of_host(function, *args):
     """function(*args) in every process, in one of each host before the others: it may download."""
     result = function(*args) if LOCAL_RANK == 0 else None
-    sum_on_host(torch.zeros(1))
+    wait()
     return result if LOCAL_RANK == 0 else function(*args)
 
 

@@ -1,11 +1,11 @@
 """A training step as one launch: a GPU records its kernels once, and from then on replays them.
 
     @recorded(device, args.compile)
-    def train_step(rng, x_0, labels, factor):       # batch, loss, backward, optimizer, EMA
+    def train_step(rngs, x_0, labels, factor):      # batch, loss, backward, optimizer, EMA
         ...
         return dict(loss=loss)                      # 0-d tensors, to be logged
 
-    log = train_step(StepRandom(seed, step, device), x_0, labels, lr_factor(step, args))
+    log = train_step([StepRandom(seed, step, device)], x_0, labels, lr_factor(step, args))
 
 Launched one by one, the kernels of a step keep an H100 busy for half of it (docs/tuning.md). A replay repeats them on
 the same memory, so all that changes from step to step has to lie in memory that stays: the random numbers, drawn by
@@ -29,7 +29,7 @@ def recorded(device, wanted):
 
 
 class Recorded:
-    """A training step (rng, *arguments) -> dict of 0-d tensors; once it is warm its recording is replayed.
+    """A training step (rngs, *arguments) -> dict of 0-d tensors; once it is warm its recording is replayed.
 
     Raises RuntimeError if the step cannot be recorded.
     """
@@ -37,11 +37,11 @@ class Recorded:
     def __init__(self, step):
         self.step, self.recordings = step, {}
 
-    def __call__(self, rng, *arguments):
+    def __call__(self, rngs, *arguments):
         key = tuple(key_of(argument) for argument in arguments)
         if key not in self.recordings:
-            self.recordings[key] = Recording(self, arguments, rng.device)
-        return self.recordings[key](rng, arguments)
+            self.recordings[key] = Recording(self, arguments, rngs[0].device)
+        return self.recordings[key](rngs, arguments)
 
     def warm_up(self, call):
         """What call() returns, run on the stream that will record: autograd remembers where a weight was first used."""
@@ -81,15 +81,18 @@ class Recording:
         self.recorded, self.calls, self.replay = recorded, 0, None
         self.memory = [fixed(argument, device) for argument in arguments]
 
-    def __call__(self, rng, arguments):
+    def __call__(self, rngs, arguments):
         refill(self.memory, arguments)
         self.calls += 1
         if self.calls <= WARM_UP:
-            listener = Listener(rng)
-            log = self.recorded.warm_up(lambda: self.recorded.step(listener, *self.memory))
-            self.names, self.requests = list(log), listener.requests
+            listeners = [Listener(rng) for rng in rngs]
+            log = self.recorded.warm_up(lambda: self.recorded.step(listeners, *self.memory))
+            self.names, self.requests = list(log), [listener.requests for listener in listeners]
             return {name: value.detach() for name, value in log.items()}
-        numbers = [getattr(rng, name)(*args) for name, args in self.requests]
+        numbers = [
+            getattr(rng, name)(*args) for rng, requests in zip(rngs, self.requests, strict=True)
+            for name, args in requests
+        ]
         if self.replay is None:
             self.numbers = numbers
             self.replay = self.recorded.record(self.logged)
@@ -99,7 +102,9 @@ class Recording:
         return dict(zip(self.names, self.replay().clone().unbind(), strict=True))
 
     def logged(self):
-        log = self.recorded.step(Prompter(self.requests, self.numbers), *self.memory)
+        numbers = iter(self.numbers)
+        prompters = [Prompter(requests, [next(numbers) for _ in requests]) for requests in self.requests]
+        log = self.recorded.step(prompters, *self.memory)
         return torch.stack([log[name].detach().float() for name in self.names])
 
 

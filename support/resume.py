@@ -1,10 +1,11 @@
 """A training script's settings: the flags given, over those of the run that goes on, over a preset's.
 
-    args, state = resume.parse(parser, "teacher", PRESETS)       # state: the checkpoint to go on from, or None
+    args, state = resume.parse(parser, "teacher", PRESETS, choose)  # state: the checkpoint to go on from, or None
     resume.restore(args, state, dict(model=net, ema=ema))
 """
 
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from support import checkpoint, flags, processes, validation
 from support.errors import UsageError
 
-SESSION_FLAGS = ("stamp", "run_dir", "device", "max_minutes", "resume", "overwrite", "preset")
+SESSION_FLAGS = ("stamp", "given", "run_dir", "device", "max_minutes", "resume", "overwrite", "preset")
 
 
 def settings(args):
@@ -20,21 +21,35 @@ def settings(args):
     return {name: value for name, value in vars(args).items() if name not in SESSION_FLAGS}
 
 
-def parse(parser, kind, presets, argv=None, fixed=()):
+def fitting(args, figures):
+    """The name of the preset for the machine of --device, and for the figures of `shapes` or for photographs."""
+    if figures:
+        return "demo"
+    gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    return "cifar10_gpu" if gpu else "cifar10"
+
+
+def parse(parser, kind, presets, choose, argv=None, fixed=()):
     """Parse a training script's flags: those given, over the resumed run's settings, or over the preset's.
 
     Args:
         kind: "teacher" or "student", what the script trains.
         presets: name -> dict of defaults.
+        choose: args -> the name of the preset for a new run that was given none.
         fixed: flags that a resumed run cannot change.
 
     Returns:
-        the flags, and the checkpoint to resume from or None.
+        the flags, with the names of those that were given as `given`; and the checkpoint to resume from or None.
     """
+    first = flags.Parser(add_help=False)            # before --help, which shows the preset's values
+    first.add_argument("--preset")
+    preset = first.parse_known_args(argv)[0].preset
+    if preset is not None and preset not in (*presets, "none"):
+        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}, none")
+    plain = {name: parser.get_default(name) for name in presets.get(preset, {})}
+    parser.set_defaults(**presets.get(preset, {}))
     args = parser.parse_args(argv)
-    if args.preset is not None and args.preset not in presets:
-        raise UsageError(f"unknown preset {args.preset!r}: choose one of {', '.join(presets)}")
-    defaults = presets.get(args.preset, {})
+    given = parser.given(argv)
     seen = checkpoint.stamp(args.run_dir)                      # before it is read
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
     former = checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG
@@ -49,21 +64,28 @@ def parse(parser, kind, presets, argv=None, fixed=()):
         raise UsageError(f"--run_dir {args.run_dir} is a file")
     if not flags.writable(args.run_dir):
         raise UsageError(f"--run_dir {args.run_dir} cannot be written")
-    state = None
+    state, defaults = None, {}
     if found and args.resume:
         state = checkpoint.load(found, kind=kind)
         if "settings" not in state:
             raise checkpoint.CheckpointError(f"{found} holds weights only: nothing to resume")
-        defaults = state["settings"]                # not the preset's, which a later version may have changed
-        for name in defaults:
+        for name, value in state["settings"].items():
             if not hasattr(args, name):
-                raise UsageError(f"{found} is of a run with --{name} {defaults[name]}, a flag that is no more")
+                raise UsageError(f"{found} is of a run with --{name} {value}, a flag that is no more")
+        defaults = plain | state["settings"]        # not the preset's, which a later version may have changed
+    elif preset is None:
+        preset = choose(args)
+        defaults = presets[preset]
+        processes.main_only(print)(f"--preset {preset} by the images and the device (--preset none: the plain losses)")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.sigma_min >= args.sigma_max:
         raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
-    if args.batch_size % processes.WORLD:
-        raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {processes.WORLD} processes")
+    if args.batch_size % (processes.WORLD * args.accumulate):
+        parts = f"{processes.WORLD} processes" + (f" in {args.accumulate} parts each" if args.accumulate > 1 else "")
+        raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {parts}")
+    if state and args.batch_size != state["settings"]["batch_size"] and processes.MAIN:
+        print(f"note: the batches were of {state['settings']['batch_size']} images before", file=sys.stderr)
     for name in fixed if state else ():
         saved = state["settings"].get(name, parser.get_default(name))               # no such flag in an older version
         none_yet = name == "dataset" and saved is None          # a student without a GAN that was not measured either
@@ -71,7 +93,7 @@ def parse(parser, kind, presets, argv=None, fixed=()):
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
     if args.eval_every:
         validation.check_features(args)
-    args.stamp = seen
+    args.preset, args.given, args.stamp = preset, given, seen
     return args, state
 
 

@@ -1,15 +1,14 @@
 """Run: what both training loops do around their step.
 
-    run = Run(args, state, device, parts, describe, sample)
-    for step in run.steps():                        # until the last step, or a signal to stop; then saves and closes
+    run = Run(args, state, device, parts, describe, sample, validation)
+    for step in run.steps(draw):                    # until the last one, or a signal to stop
         ...                                         # the algorithm
         run.count(loss=loss, grad_norm=grad_norm)   # this step is done; logs
-        if run.every(args.sample_every):
-            run.grid("teacher", rows, images)
-        run.keep()                                  # saves and measures, as often as asked
+        run.keep()                                  # draws, saves and measures, as often as asked
 """
 
 import math
+import sys
 import time
 
 import torch
@@ -20,6 +19,8 @@ from support.errors import RunError
 from support.meter import Meter
 from support.run_folder import RunFolder
 from support.signals import StopSignal
+
+MINUTES_UNSEEN, MINUTES_UNSAVED = 1, 10             # at most, however long --sample_every and --save_every take
 
 
 class OutOfStepError(RunError):
@@ -53,28 +54,39 @@ class Run:
             self.best = dict(distance=math.inf, step=0, metric=validation.metric)
         self.folder = RunFolder(args.run_dir, args.stamp)
         self.path = self.folder.path
-        self.stop = StopSignal(args.max_minutes)
+        self.stop, self.stopping = StopSignal(args.max_minutes), False
+        self.saved, self.drawn, self.warned = time.monotonic(), state is not None, False
         if state is None:                           # whether the disk takes it shows now, not after an hour
             self.save()
         self.folder.begin(self.step)
 
-    def steps(self):
-        """The steps to take, by number; after the last, or at a signal to stop, saves and closes."""
+    def steps(self, draw):
+        """The steps to take, by number.
+
+        Args:
+            draw: () -> None, which calls grid().
+
+        Raises:
+            SystemExit: a signal has stopped the run, which is saved.
+        """
+        self.draw = draw
         if self.step and self.measures() and self.best.get("measured") != self.step:
             self.measure()                          # the run was killed while it did
         self.bar = tqdm(
             total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not processes.MAIN
         )
-        while self.step < self.args.steps and not self.stop:
+        self.first_step = time.monotonic()
+        while self.step < self.args.steps and not self.stopping:
             self.began = time.perf_counter()
             yield self.step
-        if self.step < self.args.steps:
-            self.save()
         self.bar.close()
         self.folder.close()
-        how = "done" if self.step >= self.args.steps else "stopped; --resume goes on"
+        how = "stopped; --resume goes on" if self.stopping else "done"
         file, grids = self.path / checkpoint.NAME, self.path / "grids"
         processes.main_only(print)(f"{how}: step {self.step} of {self.args.steps}, {file}, grids in {grids}")
+        processes.wait()                            # as the end of one would end another that still writes
+        if self.stopping and self.stop.exit_code():
+            sys.exit(self.stop.exit_code())
 
     def every(self, n):
         """Whether the steps done are a multiple of n, or all."""
@@ -85,6 +97,7 @@ class Run:
         self.meter.add(self.step, **{name: value for name, value in values.items() if torch.is_tensor(value)})
         self.step += 1
         self.bar.update()
+        self.stopping = self.step < self.args.steps and bool(self.stop)
         means = self.meter.read() if self.every(self.args.log_every) else None      # which waits for the device
         self.timed_steps, self.seconds = self.timed_steps + 1, self.seconds + time.perf_counter() - self.began
         if means is None:
@@ -92,6 +105,11 @@ class Run:
         losses = {name: f"{value:.4f}" for name, value in means.items() if name in ("loss", "loss_fake")}
         images_per_second = self.timed_steps * self.args.batch_size / self.seconds
         self.timed_steps, self.seconds = 0, 0.0
+        hours = (self.args.steps - self.step) * self.args.batch_size / images_per_second / 3600
+        if hours > 24 and not self.warned and processes.MAIN:
+            better = "cifar10_gpu" if self.device.type == "cuda" else "cifar10"
+            print(f"note: at this speed {hours:.0f} hours to go; --preset {better} fits this machine", file=sys.stderr)
+        self.warned = True
         self.bar.set_postfix(**losses, images_per_s=f"{images_per_second:.0f}")
         floats = {name: value for name, value in values.items() if isinstance(value, float)}
         speed = dict(images_per_second=images_per_second, memory_mib=hardware.peak_memory_mib(self.device))
@@ -102,10 +120,19 @@ class Run:
         self.folder.grid(self.step, name, rows, *panels)
 
     def keep(self):
-        """Save every --save_every steps, measure every --eval_every; both after the last step."""
-        if self.every(self.args.save_every) or self.measures():
+        """Draw every --sample_every steps, save every --save_every, measure every --eval_every; all at the last step.
+
+        Draws and saves when the run is stopped, too, and where those steps take many minutes.
+        """
+        if self.stopping:
+            self.save()                             # before anything that takes time: the next signal will not wait
+        unseen = not self.drawn and over(MINUTES_UNSEEN, self.first_step)
+        if self.every(self.args.sample_every) or unseen or self.stopping:
+            self.draw()
+            self.drawn = True
+        if self.every(self.args.save_every) or self.measures() or over(MINUTES_UNSAVED, self.saved):
             self.save()                             # before a measurement, too: what ends that must not cost steps
-        if self.measures():
+        if self.measures() and not self.stopping:   # a resume begins with it
             self.measure()
 
     def save(self, name=checkpoint.NAME):
@@ -120,6 +147,7 @@ class Run:
             dict(self.describe(), step=self.step, settings=settings, meter=self.meter.state(), best=self.best,
                  **resumed_from),
         )
+        self.saved = time.monotonic()
 
     def measures(self):
         """Whether --eval_every asks for a measurement now."""
@@ -138,3 +166,8 @@ class Run:
         if better:
             self.save(checkpoint.BEST)
         self.save()
+
+
+def over(minutes, since):
+    """Whether so many minutes have passed, by the clock of any process."""
+    return processes.any_process(time.monotonic() - since > 60 * minutes)

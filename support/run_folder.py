@@ -1,10 +1,12 @@
 """The folder of a run: one process at a time writes it; its logs and grids."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from pathlib import Path
@@ -41,8 +43,10 @@ class RunFolder:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.lock.seek(0)
-            raise RunInUseError(f"{path} is being written by {self.lock.read().strip()}") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self.lock.seek(0)
+                raise RunInUseError(f"{path} is being written by {self.lock.read().strip()}") from error
+            print(f"note: no locks where {path} is ({error.strerror}): start no second run in it", file=sys.stderr)
         if checkpoint.stamp(path) != known:                    # by a run that has ended while this one started
             raise RunInUseError(f"another process has saved to {path} just now: start again")
         self.lock.truncate(0)

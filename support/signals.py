@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and --max_minutes: a run ends between two steps, saved."""
+"""What ends a run between two steps, saved: Ctrl-C, kill, a closed terminal, a batch system's warning, the clock."""
 
 import os
 import signal
@@ -6,9 +6,11 @@ import time
 
 from support import processes
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; a second one ends at once.
+    """Turns SIGNALS into a flag that the loop reads between two steps; a second one ends at once.
 
     To read it is to ask all processes: one that gets the signal stops them all, at the same step.
     """
@@ -16,10 +18,16 @@ class StopSignal:
     def __init__(self, max_minutes=None):
         self.signum, self.since = None, 0.0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
+        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for signum in SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:      # nohup's wish
+                signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
+        if signum == signal.SIGHUP:                 # the bar must not end the run by writing to what is gone
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self.terminals:
+                os.dup2(nowhere, descriptor)
         # Ctrl-C under torchrun reaches a process twice, from the terminal and from torchrun: that is one.
         if self.signum is not None and time.monotonic() - self.since > 1:
             signal.signal(signum, signal.SIG_DFL)
@@ -30,3 +38,7 @@ class StopSignal:
     def __bool__(self):
         late = self.deadline is not None and time.monotonic() > self.deadline
         return processes.any_process(self.signum is not None or late)
+
+    def exit_code(self):
+        """128 and the signal's number, as shells have it; 0 where the time was up."""
+        return 128 + self.signum if self.signum else 0

@@ -3,8 +3,51 @@
 import sys
 from pathlib import Path
 
-from support import checkpoint, networks, processes, resume
+import torch
+
+from support import checkpoint, networks, processes, resume, shapes
 from support.errors import UsageError
+from support.image_files import few
+
+
+def path(args, say=True):
+    """What --teacher means."""
+    return checkpoint.or_shipped(args.teacher, "runs/teacher", "teacher.pt", say)
+
+
+def fitting(args):
+    """The name of the preset for the teacher of --teacher and the machine."""
+    classes = checkpoint.load(path(args, say=False), kind="teacher")["classes"]
+    return resume.fitting(args, figures=classes == shapes.CLASSES)
+
+
+def take_shape(args):
+    """Set --channels and --blocks of train0.py to those of the teacher of --init."""
+    config = checkpoint.load(args.init, kind="teacher")["model_config"]
+    with resume.restoring(args.init):
+        for name in ("channels", "blocks"):
+            if name in args.given and getattr(args, name) != config[name]:
+                raise UsageError(f"--{name} {getattr(args, name)}: the teacher of --init has {config[name]}")
+            setattr(args, name, config[name])
+
+
+def begin_from(path, net, classes):
+    """Give a fresh SimpleUNet the averaged weights of a teacher; of the classes, those that are called the same.
+
+    Raises:
+        CheckpointError: there is no such teacher, or it has another network.
+    """
+    source = checkpoint.load(path, kind="teacher")
+    known = [name for name in classes if name in source["classes"]]
+    with resume.restoring(path), torch.no_grad():
+        rows = net.label_embedding.weight.clone()
+        theirs = source["model_ema"]["label_embedding.weight"].float()
+        rows[[classes.index(name) for name in known]] = theirs[[source["classes"].index(name) for name in known]]
+        if source["model_config"]["sigma_data"] != net.sigma_data:
+            raise ValueError(f"its sigma_data is {source['model_config']['sigma_data']}, not {net.sigma_data}")
+        net.load_state_dict(dict(source["model_ema"], **{"label_embedding.weight": rows}))
+    how = f", {len(known)} of {len(classes)} classes known to it"
+    processes.main_only(print)(f"begins from {checkpoint.find(path)}, step {source['step']}{how}")
 
 
 def load(args, state):
@@ -23,6 +66,13 @@ def load(args, state):
         UsageError, CheckpointError: the flags ask for what this teacher or this run cannot do.
     """
     source = state or checkpoint.load(args.teacher, kind="teacher")
+    if not state:
+        source["teacher_digest"] = networks.digest(source["model_ema"])
+        leave_out_guidance(args, source)
+        classes = f"{len(source['classes'])} classes ({few(source['classes'])})"
+        processes.main_only(print)(f"teacher: {checkpoint.find(args.teacher)}, step {source['step']}, {classes}")
+    elif teacher_changed(args, state) and processes.MAIN:
+        print(f"note: {args.teacher} is another teacher now; the run keeps the one it began with", file=sys.stderr)
     for name in ("sigma_min", "sigma_max"):
         if source[name] != getattr(args, name):
             raise UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
@@ -42,6 +92,28 @@ def load(args, state):
     if source["step"] < planned and processes.MAIN:
         print(f"note: the teacher is of step {source['step']} of {planned}", file=sys.stderr)
     return source, teacher, load_guide(args, source, args.teacher, "cpu")
+
+
+def leave_out_guidance(args, source):
+    """Set to 1 the scales of a preset, not of a flag, that this teacher was not made for."""
+    missing = dict(cfg_scale=not source.get("label_dropout") and "was trained without --label_dropout")
+    guide = guide_path(args, args.teacher)
+    missing["autoguidance_scale"] = guide and not Path(guide).exists() and f"has no {checkpoint.GUIDE} beside it"
+    for name, reason in missing.items():
+        if reason and getattr(args, name) != 1 and name not in args.given:
+            setattr(args, name, 1.0)
+            processes.main_only(print)(f"note: no --{name}, as the teacher {reason}", file=sys.stderr)
+    if args.cfg_scale == args.autoguidance_scale == 1 and "cfg_interval" not in args.given:
+        args.cfg_interval = None
+
+
+def teacher_changed(args, state):
+    """Whether the checkpoint of --teacher is there and not the one that this run began with."""
+    try:
+        now = checkpoint.load(args.teacher, kind="teacher")
+    except checkpoint.CheckpointError:
+        return False
+    return networks.digest(now["model_ema"]) != state.get("teacher_digest", networks.digest(now["model_ema"]))
 
 
 def sampling_cfg(args, state, device):

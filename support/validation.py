@@ -8,6 +8,7 @@ from support import processes, sampling
 from support.errors import UsageError
 
 NEIGHBOURS = 10_000                                 # real images that precision and recall look at
+LEAST_IMAGES = 64
 
 
 def check_features(args):
@@ -42,8 +43,12 @@ class Validation:
     def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
         from support import metrics
 
+        if len(dataset.images) < LEAST_IMAGES:
+            found = len(dataset.images)
+            raise UsageError(f"--eval_every needs {LEAST_IMAGES} real images to measure against, and there are {found}")
         self.extractor, self.seed, self.device = extractor, seed + 2**20, device
         self.labels = torch.arange(num_images) % len(dataset.classes)
+        self.known = self.labels if extractor.classes == dataset.classes else None
         self.real = processes.main_only(metrics.reference)(dataset.images, extractor, cache_dir)
         self.distances = metrics.distances
         self.key = f"{extractor.name.lower()}@{num_images}"     # of the distance by which checkpoints are compared
@@ -52,7 +57,7 @@ class Validation:
     def __call__(self, sample):
         """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""
         images = sampling.generate(sample, self.seed, self.labels, 250, self.device)
-        values = processes.from_main(self.distances, images, self.labels, self.real, self.extractor, NEIGHBOURS)
+        values = processes.from_main(self.distances, images, self.known, self.real, self.extractor, NEIGHBOURS)
         return {f"{name}@{len(images)}": value for name, value in values.items()}
 
 

@@ -13,7 +13,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-TINY = ["--device", "cpu", "--batch_size", "4", "--log_every", "2", "--sample_every", "5", "--save_every", "3"]
+TINY = ["--preset", "none", "--device", "cpu", "--batch_size", "4"]
+TINY += ["--log_every", "2", "--sample_every", "5", "--save_every", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +25,21 @@ def seeded():
 @pytest.fixture(autouse=True)
 def handlers():
     """A script's signal handlers end with its test."""
-    before = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    from support import signals
+
+    before = [(s, signal.getsignal(s)) for s in signals.SIGNALS]
     yield
     for signum, handler in before:
         signal.signal(signum, handler)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed and item.get_closest_marker("formula"):
+        report.sections.append(("what this means", (
+            "This test writes a formula or a loop out again, so it fails by design where that is changed: change both."
+        )))
 
 
 def call(script, *argv):
@@ -68,10 +80,11 @@ class Features(nn.Module):
         return self.conv(x).tanh().mean((2, 3)), x.mean((2, 3))
 
 
-def export(path, network, example=None):
+def export(path, network, example=None, **extra_files):
     example = torch.zeros(4, 3, 32, 32, dtype=torch.uint8) if example is None else example
     batch = ({0: torch.export.Dim("n")},)
-    torch.export.save(torch.export.export(network.eval(), (example,), dynamic_shapes=batch), path)
+    program = torch.export.export(network.eval(), (example,), dynamic_shapes=batch)
+    torch.export.save(program, path, extra_files=extra_files)
     return str(path)
 
 

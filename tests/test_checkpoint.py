@@ -1,6 +1,9 @@
+import contextlib
+import errno
 import os
 import pickle
 import random
+import stat
 
 import pytest
 import torch
@@ -42,6 +45,19 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         checkpoint.save(path, teacher_state())
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("number, stops", [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_flush_folders_has_the_file_all_the_same(tmp_path, monkeypatch, number, stops):
+    def fsync(descriptor, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError) if stops else contextlib.nullcontext():
+        checkpoint.save(tmp_path / "checkpoint.pt", teacher_state())
+    assert checkpoint.load(tmp_path)["step"] == 5
 
 
 def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):

@@ -62,48 +62,59 @@ def test_folder_takes_its_split_where_there_is_one(tmp_path):
     assert len(data.load("folder", tmp_path, "test").images) == 2
 
 
-def test_images_of_32_pixels_are_kept_bit_for_bit_and_larger_ones_keep_their_proportions(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert np.array_equal(data.read_image(tmp_path / "a.png"), pixels)
-    wide = np.zeros((64, 256, 3), dtype=np.uint8)
-    wide[:, 96:160] = 255                           # the central square is white, the sides are black
-    Image.fromarray(wide).save(tmp_path / "b.png")
-    assert (data.read_image(tmp_path / "b.png")[:, 2:-2] == 255).all()
+def test_every_broken_image_is_counted_and_the_first_are_named(tmp_path):
+    tree = image_tree(tmp_path / "tree", n=5)
+    for i, content in enumerate([b"", b"not an image", (tree / "dog" / "2.png").read_bytes()[:60], b"", b""]):
+        (tree / "dog" / f"{i}.png").write_bytes(content)
+        with pytest.raises(data.DataError, match=r"image .*dog/0\.png") as raised:
+            data.load("folder", tree)
+        assert ("5 of 10" in str(raised.value)) == (i == 4) and ("of 10" in str(raised.value)) == (i > 0)
+    assert "dog/2.png" in str(raised.value) and "dog/3.png" not in str(raised.value)
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
-def test_images_of_other_modes_become_rgb(tmp_path, mode):
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    Image.new("RGB", (40, 40), "white").convert(mode).save(path)
-    image = data.read_image(path)
-    assert image.shape == (32, 32, 3) and image.min() > 250
-
-
-def test_a_photograph_of_40_megapixels_is_read_and_a_bomb_is_named(tmp_path, monkeypatch):
-    Image.new("L", (8000, 5000), 200).save(tmp_path / "a.png")
-    assert (data.read_image(tmp_path / "a.png") == 200).all()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000_000)      # Pillow refuses twice as many
-    with pytest.raises(data.DataError, match=r"a\.png"):
-        data.read_image(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", None])
-def test_a_broken_image_is_named(tmp_path, content):
+def test_a_folder_tells_what_it_found_and_what_it_left_out(tmp_path):
     tree = image_tree(tmp_path / "tree")
-    broken = tree / "dog" / "1.png"
-    broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
-    with pytest.raises(data.DataError, match=r"dog/1\.png"):
+    Image.new("L", (32, 32), 9).save(tree / "dog" / "b.GIF")        # torchvision's own list has neither this
+    Image.new("L", (32, 32), 9).save(tree / "cat" / "b.jfif", "JPEG")               # nor this
+    for name in ("cat/a.heic", "dog/b.HEIC", "dog/notes", "labels.csv", "stray.png"):
+        (tree / name).write_bytes(b"")
+    dataset = data.load("folder", tree)
+    assert str(dataset) == "8 images, 2 classes (cat, dog), 5 files left out (.csv, .heic, .png, notes)"
+    assert dataset.labels.tolist() == [0] * 4 + [1] * 4
+    assert str(data.Dataset(dataset.images, dataset.labels, [*"abcdefghijklm"])).endswith("13 classes "
+        "(a, b, c, d, e, f, g, h, i, j, ...)")
+
+
+def test_hidden_names_are_no_classes_and_a_link_shows_no_image_twice(tmp_path):
+    tree = image_tree(tmp_path / "tree")
+    image_tree(tmp_path / "elsewhere", classes=("bird",))
+    plain = data.load("folder", tree)
+    (tree / ".ipynb_checkpoints").mkdir()
+    image_tree(tree / "cat" / ".thumbnails")
+    for hidden in ("._0.png", "cat/._0.png", "cat/.DS_Store"):
+        (tree / hidden).write_bytes(b"\0")
+    (tree / "cat" / "loop").symlink_to(".")
+    (tree / "dog" / "cats").symlink_to("../cat")
+    dataset = data.load("folder", tree)
+    assert torch.equal(dataset.images, plain.images) and str(dataset) == str(plain)
+    (tree / "bird").symlink_to(tmp_path / "elsewhere" / "bird")     # a class may lie elsewhere
+    assert data.load("folder", tree).labels.bincount().tolist() == [3, 3, 3]
+    (tree / "dove").symlink_to("bird")
+    with pytest.raises(data.DataError, match="class folder dove"):
         data.load("folder", tree)
 
 
-@pytest.mark.parametrize("kind", ["tiff", "webp", "ppm", "bmp", "jpeg"])
-def test_a_cut_image_of_any_kind_is_named(tmp_path, kind):
-    path = tmp_path / f"a.{kind}"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    with pytest.raises(data.DataError, match="cannot read image"):
-        data.read_image(path)
+def test_the_digest_tells_images_labels_and_class_names_apart(tmp_path):
+    tree = image_tree(tmp_path / "tree")
+    digests = [data.load("folder", tree).digest(), data.load("folder", tree).digest()]
+    assert digests[0] == digests[1]
+    Image.new("L", (32, 32), 9).save(tree / "cat" / "new.png")
+    digests.append(data.load("folder", tree).digest())
+    (tree / "cat" / "new.png").rename(tree / "dog" / "!new.png")    # the same images in the same order
+    digests.append(data.load("folder", tree).digest())
+    (tree / "cat").rename(tree / "car")
+    digests.append(data.load("folder", tree).digest())
+    assert len(set(digests)) == 4
 
 
 def test_a_class_may_be_called_as_a_split_is(tmp_path):
@@ -118,6 +129,8 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         data.load("folder", image_tree(tmp_path / "no_split"), "test")
     with pytest.raises(data.DataError, match="nothing_here"):
         data.load("folder", tmp_path / "nothing_here")
+    with pytest.raises(data.DataError, match="give its parent"):
+        data.load("folder", image_tree(tmp_path / "parent") / "cat")
     (image_tree(tmp_path / "tree") / "empty_class").mkdir()
     with pytest.raises(data.DataError, match="empty_class"):
         data.load("folder", tmp_path / "tree")
@@ -160,10 +173,17 @@ def test_cifar10_without_a_download_tells_the_alternatives(tmp_path, monkeypatch
         Path(root).mkdir(parents=True)              # as torchvision does before it asks
         raise OSError("no network")
 
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
     monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
     with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz.*--dataset folder.*--dataset shapes"):
         data.load("cifar10", tmp_path / "new" / "data")
     assert not any(tmp_path.iterdir())              # no empty folder is left behind
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut")
+    monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
+    with pytest.raises(data.DataError, match=r"/cifar-10-python.tar.gz is damaged .*no network.* put a whole"):
+        data.load("cifar10", tmp_path)
 
 
 def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
@@ -182,5 +202,22 @@ def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
     images, batch_labels = batches(3)
     assert torch.equal(data.to_uint8(images)[:, 0, 0, 0].long(), batch_labels)
     assert images.dtype == torch.float32 and batch_labels.dtype == torch.int64
+    assert torch.equal(batches(3, 1, 4)[1], labels[3][5:10])        # the second of four shares
     large = data.Batches(dataset, 120, seed=1, device="cpu")(0)[1]  # a batch of more than two epochs
     assert torch.equal(large, stream[:120])
+
+
+def test_batches_of_another_size_go_on_where_the_others_stopped(capsys):
+    dataset = data.Dataset(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.arange(50), [])
+    before, after = (data.Batches(dataset, size, seed=1, device="cpu") for size in (20, 5))
+    stream = torch.cat([data.Batches(dataset, 20, 1, "cpu")(step)[1] for step in range(5)])
+    for step in range(3):
+        before(step)
+    after.load_state_dict(before.state_dict())
+    assert torch.equal(torch.cat([after(step)[1] for step in range(3, 7)]), stream[60:80])
+    again = data.Batches(dataset, 20, seed=1, device="cpu")
+    again.load_state_dict(after.state_dict())
+    assert torch.equal(again(7)[1], stream[80:]) and capsys.readouterr().err == ""
+    other = data.Batches(data.Dataset(dataset.images + 1, dataset.labels, []), 20, seed=1, device="cpu")
+    other.load_state_dict(after.state_dict())
+    assert "the images are not those that the run had before" in capsys.readouterr().err

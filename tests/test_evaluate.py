@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, TINY, call, export, teacher_flags
+from conftest import ROOT, TINY, Features, call, export, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -25,7 +25,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 import evaluate
 import train
 import train0
-from support import checkpoint, data, hardware, metrics, sampling, shapes, validation
+from support import archive, checkpoint, data, hardware, metrics, sampling, shapes, validation
 from tools import features as features_script
 
 N = 2048
@@ -68,7 +68,7 @@ def test_a_set_is_at_no_distance_from_itself_and_a_fresh_half_is_near(drawn, ext
     half = metrics.distances(images[N:], labels[N:], real, extractor)
     noise = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8)
     far = metrics.distances(noise, None, real, extractor)
-    assert 0 < half["fd"] < 0.01 * far["fd"] and abs(half["kid"]) < 0.01 * far["kid"] and far["precision"] == 0
+    assert 0 < half["fd"] < 0.01 * far["fd"] and far["precision"] == 0
     assert "class_accuracy" in half and "class_accuracy" not in far
 
 
@@ -79,6 +79,13 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     real = metrics.summary(torch.from_numpy(two[:, :]))
     fd = metrics.fid_statistics_to_metric(metrics.summary(torch.from_numpy(one)), real, verbose=False)
     assert fd[metrics.KEY_METRIC_FID] == pytest.approx(2 + (1 - 3) ** 2 + (2 - 0.5) ** 2, rel=0.02)
+
+
+def test_the_floor_is_the_distance_of_as_many_fresh_images(drawn, extractor):
+    real, fresh = metrics.summary(extractor(drawn[0][:N])[0]), drawn[0][N:][torch.randperm(N)]
+    distances = [metrics.distances(part, None, real, extractor)["fd"] for part in fresh.split(N // 8)]
+    assert metrics.floor(real, N // 8) == pytest.approx(np.mean(distances), rel=0.5)
+    assert metrics.floor(real, N) < metrics.floor(real, N // 8) / 3
 
 
 def test_features_do_not_depend_on_the_precision_around_them(drawn, extractor):
@@ -103,6 +110,23 @@ def test_class_accuracy_counts_the_wanted_classes(extractor):
     assert metrics.distances(images, wanted, real, extractor)["class_accuracy"] == 1
     asked = (wanted + (torch.arange(N) < N / 4)) % 3                                # a quarter asked for another class
     assert metrics.distances(images, asked, real, extractor)["class_accuracy"] == 0.75
+
+
+def test_class_accuracy_is_given_where_the_network_knows_the_classes(tmp_path, flags):
+    names = ["1 red", "2 green", "3 blue"]
+    images = torch.randint(0, 99, (270, 3, 32, 32), dtype=torch.uint8)
+    images[torch.arange(270), torch.arange(270) // 90] += 100       # logits are the means of the channels
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        (tmp_path / "real" / names[i // 90]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "real" / names[i // 90] / f"{i:03d}.png")
+    argv = ["--npz", write_npz(tmp_path / "images.npz", images, torch.arange(270) // 90), "--dataset", "folder"]
+    argv += ["--data_dir", str(tmp_path / "real"), "--out", str(tmp_path / "x.json"), *flags[2:]]
+    for known in (names, names[::-1]):
+        network = export(tmp_path / "x.pt2", Features(), **{archive.CLASSES: json.dumps(known)})
+        assert call(evaluate, *argv, "--feature_extractor", network) == 0
+        found = json.loads((tmp_path / "x.json").read_text())["metrics"]
+        assert found["fd@270"]["mean"] == pytest.approx(0, abs=1e-7)
+        assert found.get("class_accuracy@270") == (dict(mean=1.0, std=None) if known == names else None)
 
 
 class Images(torch.utils.data.Dataset):
@@ -138,12 +162,11 @@ def test_torch_fidelity_itself_agrees(drawn, extractor, tmp_path, flags):
     one = (images[:N].float() * 0.8 + 20).to(torch.uint8)                           # near, but not the same
     torch_fidelity.register_feature_extractor("of-this-test", Registered)
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(one), input2=Images(images[N:]), feature_extractor="of-this-test", fid=True, kid=True, prc=True,
-        cuda=False, cache=False, verbose=False, save_cpu_ram=True,
+        input1=Images(one), input2=Images(images[N:]), feature_extractor="of-this-test", fid=True, prc=True, cuda=False,
+        cache=False, verbose=False, save_cpu_ram=True,
     )
     ours = metrics.distances(one, None, metrics.summary(extractor(images[N:])[0]), extractor)
     assert ours["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
     assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
 
 
@@ -194,11 +217,11 @@ def test_the_same_npz_gives_the_same_numbers_twice_and_the_report_says_what_was_
         reports.append(json.loads(Path(out).read_text()))
         assert len(os.listdir(tmp_path / "cache")) == 1             # the second time the dataset comes from there
     assert reports[0]["metrics"] == reports[1]["metrics"]
-    assert set(reports[0]["metrics"]) == {f"{m}@{N}" for m in ("fd", "kid", "precision", "recall", "class_accuracy")}
-    assert f"FD@{N}" in capsys.readouterr().out
+    assert set(reports[0]["metrics"]) == {f"{m}@{N}" for m in ("fd", "precision", "recall")}
+    assert f"FLOOR OF FD@{N}" in capsys.readouterr().out
     report = reports[0]
     assert report["num_images"] == N and report["reference"] == dict(dataset="shapes", split="train", images=2500)
-    assert {"command", "hardware", "versions", "seconds", "feature_extractor"} <= set(report)
+    assert {"command", "hardware", "versions", "seconds", "feature_extractor", "floor"} <= set(report)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert report["processes"] == 1
     assert report["git"] is None if head.returncode else report["git"]["commit"] == head.stdout.strip()
@@ -226,7 +249,7 @@ def test_what_was_measured_is_not_lost_with_the_cache(drawn, extractor, tmp_path
 
 def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_path, flags, monkeypatch):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.json")
-    tiny = ["--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
+    tiny = ["--preset", "none", "--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
     assert call(train0, "--dataset", "shapes", "--run_dir", run, *tiny) == 0
     few = ["--num_steps", "1", "--num_images", str(N), "--repeats", "2", "--autoguidance_scale", "2", "--guide", run]
     argv = ["--checkpoint", run, "--out", out, *few, *flags]
@@ -242,15 +265,20 @@ def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_
     assert report["checkpoint"]["sha256"] == report["checkpoint"]["guide_sha256"] == digest
 
 
-def test_a_folder_of_images_is_measured(drawn, tmp_path, flags):
+def test_a_folder_of_images_is_measured(drawn, tmp_path, flags, capsys):
     (tmp_path / "images" / "deep").mkdir(parents=True)
-    for i, image in enumerate(drawn[0][:N].permute(0, 2, 3, 1).numpy()):
-        Image.fromarray(image).save(tmp_path / "images" / "deep" / f"{i:05d}.png", compress_level=0)
-    npz, values = write_npz(tmp_path / "images.npz", drawn[0][:N]), []
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "images" / "a_link").symlink_to(tmp_path / "linked")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    for i, image in enumerate(drawn[0][:256].permute(0, 2, 3, 1).numpy()):
+        folder, suffix = ("linked", "tif") if i < 9 else ("images/deep", "PNG")
+        Image.fromarray(image).save(tmp_path / folder / f"{i:05d}.{suffix}")
+    npz, values = write_npz(tmp_path / "images.npz", drawn[0][:256]), []
     for source in (["--images", str(tmp_path / "images")], ["--npz", npz]):
         assert call(evaluate, *source, "--dataset", "shapes", "--out", str(tmp_path / "x.json"), *flags) == 0
         values.append(json.loads((tmp_path / "x.json").read_text())["metrics"])
-    assert values[0] == values[1]
+    assert values[0] == values[1] and set(values[0]) == {"fd@256", "precision@256", "recall@256"}
+    assert "images: 1 file left out (.txt)" in capsys.readouterr().err
 
 
 class Evil:
@@ -335,15 +363,17 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
     fixed = torch.export.export(nn.Flatten(), (torch.zeros(4, 3, 32, 32, dtype=torch.uint8),))
     torch.export.save(fixed, tmp_path / "fixed.pt2")                # for batches of 4 alone
     wide = export(tmp_path / "wide.pt2", nn.Conv2d(3, 1, 3), torch.zeros(4, 3, 32, 32))
+    named = export(tmp_path / "named.pt2", Features(), **{archive.CLASSES: '["a", "b"]'})
+    extra = export(tmp_path / "extra.pt2", Features(), **{"more.json": "[]"})
     evil = smuggle(tmp_path / "evil.pt2", features, "sample_inputs")
     shapes_flag, basic = ["--dataset", "shapes"], flags[2:]
     assert call(train0, *teacher_flags(tree), "--run_dir", "run", "--steps", "1") == 0
     wrong = [
         (["--checkpoint", "no_such_run", *flags], "no_such_run"),
-        (["--checkpoint", "run", "--num_images", "2047", *flags], "2048"),
+        (["--checkpoint", "run", "--num_images", "255", *flags], "256"),
         (["--checkpoint", "run", *flags], "the dataset has"),
         (["--checkpoint", "run", "--cfg_scale", "2", *flags], "--label_dropout"),
-        (["--npz", few, *shapes_flag, *flags], "2048"),
+        (["--npz", few, *shapes_flag, *flags], "256"),
         (["--npz", few, *flags], "--dataset"),
         (["--npz", enough, *shapes_flag, "--repeats", "2", *flags], "--repeats"),
         (["--npz", str(tmp_path / "shape.npz"), *shapes_flag, *flags], "shape.npz"),
@@ -354,7 +384,9 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", few], "few.npz"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", wide], "wide.pt2"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", evil], "evil.pt2"),
-        (["--npz", enough, *shapes_flag, *basic], "put https://"),
+        (["--npz", enough, *shapes_flag, *basic], "--inception_weights FILE, or give --feature_extractor"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", named], "names 2 classes"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", extra], "extra/more.json"),
         (["--npz", enough, *shapes_flag, *basic, "--inception_weights", few], "few.npz does not hold"),
         (["--images", str(tmp_path / "hub"), *shapes_flag, *flags], "no images"),
     ]
@@ -379,6 +411,7 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
     extractor = metrics.exported(out, torch.device("cpu"))
     features, logits = extractor(torch.from_numpy(shapes.draw(30, 3)[0]))
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
+    assert extractor.classes == shapes.CLASSES
 
 
 def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys):

@@ -67,7 +67,7 @@ def place(tmp_path_factory, tree, features):
     """A folder to run in, and for each script the flags of its least run."""
     folder = tmp_path_factory.mktemp("flags")
     teacher, cache = str(folder / "teacher"), str(folder / "cache")
-    few = ["--batch_size", "2", "--steps", "1", "--device", "cpu", "--max_minutes", "1"]
+    few = ["--preset", "none", "--batch_size", "2", "--steps", "1", "--device", "cpu", "--max_minutes", "1"]
     measured = ["--feature_extractor", features, "--cache_dir", cache]
     assert call(train0, *teacher_flags(tree), *few, "--run_dir", teacher, "--label_dropout", "0.5") == 0
     training = [*few, "--run_dir", "run", "--overwrite", "--eval_images", "64", *measured]

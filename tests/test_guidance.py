@@ -38,6 +38,7 @@ def test_where_the_teacher_changes_nothing_there_is_no_gradient_and_no_nan():
     assert loss.item() == 0 and not x_gen.grad.any()
 
 
+@pytest.mark.formula
 def test_gradient_at_x_gen_is_grad_over_numel_and_grad_is_the_paper_formula():
     guidance = GuidanceModel(GaussianDenoiser(0.3, 0.2))
     guidance.fake_unet = GaussianDenoiser(-0.1, 0.4)
@@ -101,6 +102,7 @@ def test_with_exact_scores_the_generator_converges_to_the_data():
     assert abs(generator.b.item()) == pytest.approx(s0, rel=0.05)
 
 
+@pytest.mark.formula
 def test_fake_loss_is_the_weighted_denoising_error():
     guidance = GuidanceModel(GaussianDenoiser(0.3, 0.2))
     x_gen = images()
@@ -215,6 +217,7 @@ def test_without_a_gan_losses_and_random_numbers_are_the_seeds():
     assert torch.equal(losses["loss_dm"], losses_gan["loss_dm"])    # the GAN draws after what was drawn without it
 
 
+@pytest.mark.formula
 def test_gan_losses_are_softplus_of_the_logits():
     model = gan()
     guidance = model.guidance_model
@@ -288,6 +291,7 @@ def test_the_head_learns_to_tell_real_from_generated_and_moves_the_generator_tow
     assert x_gen.grad.mean() < 0                    # descent makes the generated images brighter
 
 
+@pytest.mark.formula
 @pytest.mark.parametrize(("f_div", "h"), [("kl", [0.25, 1.75]), ("js", [0.4, 1.6])])
 def test_divergences_weigh_the_gradient_by_the_density_ratio(monkeypatch, f_div, h):
     # h over its mean: for kl r itself, of mean 4/3; for js r / (1 + r), 1/5 and 4/5.
@@ -469,5 +473,6 @@ def distilled_shares(teacher, gan, steps=800, n=256):
 
 def test_with_one_fake_update_per_turn_dm_alone_loses_modes_and_the_gan_reaches_them_all(small_teacher):
     alone, with_gan = (distilled_shares(small_teacher, gan) for gan in (False, True))
-    assert alone.min() < 0.01
-    assert with_gan.min() > 0.03
+    # Even shares are an eighth.
+    assert alone.min() < 0.01, f"every mode has {alone.min():.3f} of the images or more without a GAN: no mode is lost"
+    assert with_gan.min() > 0.03, f"a mode has {with_gan.min():.3f} of the images only: the GAN does not bring it back"

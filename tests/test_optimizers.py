@@ -138,3 +138,39 @@ def test_each_network_steps_at_its_own_rate_times_the_factor(name):
     weight, bias, weight_2, bias_2 = moved((1e-2, 3e-2), 1.0)
     assert weight_2 == pytest.approx(3 * weight, rel=1e-3) and bias_2 == pytest.approx(3 * bias, rel=1e-3)
     assert moved((1e-2, 3e-2), 0.5) == pytest.approx([weight / 2, bias / 2, weight_2 / 2, bias_2 / 2], rel=1e-3)
+
+
+def test_gradients_below_float16_are_kept_by_scaling_and_overflow_takes_no_step():
+    def gradient(fp16, size):
+        """Of the loss size * mean(w x) for w in float32 and x = 1 in float16."""
+        net = nn.Linear(4, 1, bias=False)
+        optimizer = Optimizer("adam", {net: 1.0}, fp16=fp16)
+        before = net.weight.detach().clone()
+        with torch.autocast("cpu", torch.float16):
+            optimizer.backward(size * net(torch.ones(8, 4)).float().mean())
+        norm, scale = optimizer.clip(1e9), optimizer.scale
+        found = None if net.weight.grad is None else net.weight.grad.clone()
+        optimizer.step()
+        return found, norm, scale, (net.weight - before).abs().mean().item()
+
+    assert not gradient(False, 1e-9)[0].any()       # an eighth of that is no number of float16
+    found, norm, scale, moved = gradient(True, 1e-9)
+    assert found.flatten().tolist() == pytest.approx([1e-9] * 4, rel=1e-2)
+    assert norm.item() == pytest.approx(2e-9, rel=1e-2)
+    assert scale == 2**16 and moved > 0
+    found, norm, scale, moved = gradient(True, 1e3)                 # times 2^16 / 8 is none either
+    assert found is None and norm == 0 and scale == 2**15 and moved == 0
+    assert not gradient(False, 1e9)[1].isfinite()                   # a run without scaling stops by that
+
+
+def test_the_scale_of_the_loss_grows_is_saved_and_is_one_for_other_precisions():
+    net = nn.Linear(2, 2)
+    optimizer = Optimizer("adam", {net: 1e-3}, fp16=True)
+    net.weight.grad = torch.zeros(2, 2)
+    for _ in range(2000):
+        optimizer.clip(1.0)
+    assert optimizer.scale == 2**17
+    again, other = (Optimizer("adam", {net: 1e-3}, fp16=fp16) for fp16 in (True, False))
+    for loaded in again, other:
+        loaded.load_state_dict(optimizer.state_dict())
+    assert (again.scale, other.scale) == (2**17, 1)

@@ -32,11 +32,12 @@ class OnCPU(Recorded):
 
 def calls(step, n=WARM_UP + 4):
     """What n calls return, with another argument of each kind in each."""
-    return [step(StepRandom(3, i), torch.full((2,), i), i / 2, i % 2 == 0, None) for i in range(n)]
+    return [step([StepRandom(3, i)], torch.full((2,), i), i / 2, i % 2 == 0, None) for i in range(n)]
 
 
 def test_replays_take_new_numbers_tensors_and_floats_and_leave_what_they_gave():
-    def step(rng, tensor, number, even, nothing):
+    def step(rngs, tensor, number, even, nothing):
+        rng, = rngs
         noise = rng.normal(2) if even else rng.uniform(2)
         runs.append(even)
         return dict(sum=(noise + rng.integers(0, 9, 2) + tensor).sum() * number, other=tensor.float().mean())
@@ -51,7 +52,8 @@ def test_replays_take_new_numbers_tensors_and_floats_and_leave_what_they_gave():
 
 @pytest.mark.parametrize("kind", ["shape", "kind", "more"])
 def test_a_step_that_asks_for_other_numbers_than_before_is_refused(kind):
-    def step(rng, *_):
+    def step(rngs, *_):
+        rng, = rngs
         asked.append(1)
         changed = len(asked) > WARM_UP
         rng.uniform(3 if changed and kind == "shape" else 2) if not changed or kind != "kind" else rng.normal(2)
@@ -62,7 +64,7 @@ def test_a_step_that_asks_for_other_numbers_than_before_is_refused(kind):
     asked, replayed = [], OnCPU(step)
     with pytest.raises(RuntimeError, match="asked for"):
         for i in range(WARM_UP + 1):
-            replayed(StepRandom(0, i))
+            replayed([StepRandom(0, i)])
 
 
 def test_no_recording_without_a_gpu_or_where_it_is_not_wanted():

@@ -26,7 +26,8 @@ from unified_model import UnifiedModel
 CPU = torch.device("cpu")
 SIGMAS = ["--sigma_min", "0.01", "--sigma_max", "40"]
 # Clipping, rise and cosine all act within a few steps.
-STEPS = ["--precision", "fp32", "--log_every", "1", "--max_grad_norm", "0.005", "--warmup_steps", "2", *SIGMAS]
+STEPS = ["--preset", "none", "--precision", "fp32", "--log_every", "1", "--max_grad_norm", "0.005"]
+STEPS += ["--warmup_steps", "2", *SIGMAS]
 STEPS += ["--lr_schedule", "cosine", "--ema_decay", "0.2", "--flip", "1"]
 
 
@@ -83,6 +84,7 @@ def assert_as_trained(state, net, start):
     assert (theirs - first).norm() > 0 and (ours - theirs).norm() < 0.01 * (theirs - first).norm()
 
 
+@pytest.mark.formula
 def test_the_teachers_loop(tmp_path, photographs):
     flags = ["--p_mean", "-0.3", "--p_std", "0.7", "--label_dropout", "0.3"]
     flags += ["--blocks", "2", "--seed", "5", "--steps", "6", "--lr", "1e-2", "--run_dir", str(tmp_path)]
@@ -105,7 +107,7 @@ def test_the_teachers_loop(tmp_path, photographs):
         length = step_of_adam(optimizer, loss, [1e-2], step, 6)
         average_in(average, net, step)
         expected.append((loss.item(), length, optimizer.param_groups[0]["lr"]))
-    assert min(length for _, length, _ in expected) > 0.005
+    assert min(length for _, length, _ in expected) > 0.005, "no gradient was clipped: nothing is said of clipping"
     for row, wanted in zip(log_of(tmp_path), expected, strict=True):
         assert (row["loss"], row["grad_norm"], row["lr"]) == pytest.approx(wanted, rel=0.01)
     state = checkpoint.load(tmp_path)
@@ -113,6 +115,7 @@ def test_the_teachers_loop(tmp_path, photographs):
     assert_as_trained(state["model_ema"], average, start)
 
 
+@pytest.mark.formula
 @pytest.mark.parametrize("gan", [False, True])
 def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
     flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", "--seed", "7"]
@@ -155,7 +158,7 @@ def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
                 wanted["gen_cls_loss"] = guidance.compute_generator_cls_loss(x_gen, labels, rng)[0]
                 loss = loss + 0.1 * wanted["gen_cls_loss"]
             wanted["generator_grad_norm"] = step_of_adam(generator_adam, loss, [3e-3], step, 5)
-            assert wanted["generator_grad_norm"] > 0.005
+            assert wanted["generator_grad_norm"] > 0.005, "no gradient was clipped: nothing is said of clipping"
             average_in(average, generator, step // 2)
         if gan:
             x_real, real_labels = batches(step)
@@ -179,8 +182,42 @@ def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
     assert all(torch.equal(part("guidance_model.real_unet.")[name], value) for name, value in start.items())
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, teacher, parts):
+    both = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0", *SIGMAS]
+    calls = {train0: ["--dataset", "folder", "--data_dir", photographs, "--channels", "8", "--label_dropout", "0.5"]}
+    calls[train] = ["--teacher", teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
+    calls[train] += ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--generator_lr", "1e-3"]
+    for script, flags in calls.items():
+        runs = [tmp_path / f"{script.__name__}{n}" for n in (1, parts)]
+        for run, n in zip(runs, (1, parts), strict=True):
+            how = ["--precision", "fp32", "--log_every", "1", "--accumulate", str(n), "--run_dir", str(run)]
+            assert call(script, *flags, *both, *how) == 0
+        logs = [log_of(run) for run in runs]
+        assert len(logs[0]) == 4
+        for one, other in zip(*logs, strict=True):
+            assert one.keys() == other.keys()
+            names = [name for name in one if "loss" in name or "norm" in name or "logit" in name]
+            assert [other[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-3)
+
+
+def test_float16_learns_as_float32_does(tmp_path, photographs, teacher):
+    few = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "3", "--warmup_steps", "0", *SIGMAS]
+    few += ["--log_every", "1"]
+    calls = {train0: [*teacher_flags(photographs)], train: ["--teacher", teacher]}
+    for script, flags in calls.items():
+        losses = {}
+        for precision in ("fp32", "fp16"):
+            run = tmp_path / script.__name__ / precision
+            assert call(script, *flags, *few, "--precision", precision, "--run_dir", str(run)) == 0
+            losses[precision] = [row.get("loss", row.get("loss_fake")) for row in log_of(run)]
+        assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp16"] != losses["fp32"]
+        optimizer = "optimizer" if script is train0 else "guidance_optimizer"
+        assert checkpoint.load(run)[optimizer]["scale"] == (2.0**16, 3)
+
+
 def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, teacher, monkeypatch):
-    flags = ["--teacher", teacher, "--batch_size", "4", "--device", "cpu", "--steps", "2", *SIGMAS]
+    flags = ["--preset", "none", "--teacher", teacher, "--batch_size", "4", "--device", "cpu", "--steps", "2", *SIGMAS]
     flags += ["--gen_cls_loss_weight", "0.1", "--cfg_scale", "5", "--precision", "fp32"]
     assert call(train, *flags, "--run_dir", str(tmp_path / "a")) == 0
     monkeypatch.setattr(guidance_module, "frozen", lambda *modules: contextlib.nullcontext())
@@ -191,7 +228,8 @@ def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, 
 
 def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_same_noise(tmp_path, teacher):
     flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", *SIGMAS]
-    flags += ["--precision", "fp32", "--conditioning_sigma", "3", "--cfg_scale", "5", "--generator_lr", "1e-2"]
+    flags += ["--preset", "none", "--precision", "fp32"]
+    flags += ["--conditioning_sigma", "3", "--cfg_scale", "5", "--generator_lr", "1e-2"]
     flags += ["--warmup_steps", "0", "--steps", "2", "--dfake_gen_update_ratio", "1", "--sample_every", "2"]
     assert call(train, *flags) == 0
 

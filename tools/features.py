@@ -8,6 +8,7 @@ Distances in its features compare runs on this dataset with one another and mean
 learns from fresh images, for other datasets from those that teacher and student learn from.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from support import data, errors, flags, hardware, metrics, records, shapes
+from model import IMAGE_SIZE
+from support import archive, data, errors, flags, hardware, metrics, records, shapes
 from support.optimizers import Optimizer
 from support.randomness import StepRandom
 
@@ -61,7 +63,7 @@ def noised(x, flip, rng):
 
 
 def shifted(x, flip, rng):
-    x = v2.RandomCrop(data.IMAGE_SIZE, padding=4, padding_mode="reflect")(x)        # all of a batch alike
+    x = v2.RandomCrop(IMAGE_SIZE, padding=4, padding_mode="reflect")(x)        # all of a batch alike
     return data.random_flip(x, rng) if flip else x
 
 
@@ -104,7 +106,7 @@ def read(args, split):
 def parse_args(argv=None):
     parser = flags.Parser(description="Train and save a feature network for the images of a dataset.")
     flags.add_common(parser)
-    flags.add_dataset(parser, "images to learn from")
+    flags.add_dataset(parser.add_argument_group("images to learn from"))
     parser.add_argument("--epochs", type=flags.count, help="passes over them; default: 3 for shapes, 6 for others")
     parser.add_argument("--out", type=flags.path, default="features.pt2", help="the network, for evaluate.py")
     args = parser.parse_args(argv)
@@ -125,7 +127,8 @@ def main(argv=None):
     net = net.cpu().eval()
     example, batch = torch.zeros(4, *dataset.images.shape[1:], dtype=torch.uint8), torch.export.Dim("batch", min=1)
     program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
-    records.write(args.out, lambda file: torch.export.save(program, file))
+    names = {archive.CLASSES: json.dumps(dataset.classes)}          # so that it judges no other classes
+    records.write(args.out, lambda file: torch.export.save(program, file, extra_files=names))
     print(args.out)
     try:
         test = read(args, "test")

@@ -1,0 +1,136 @@
+"""Which settings a training takes: of flags, presets, resumed runs, and of what its teacher and machine can do."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, call, image_tree, teacher_flags
+
+import train
+import train0
+from support import checkpoint, networks, shapes
+
+
+@pytest.fixture(scope="module")
+def teacher(tree, tmp_path_factory):
+    """Without label dropout, and without a guide."""
+    folder = str(tmp_path_factory.mktemp("runs") / "teacher")
+    assert call(train0, *teacher_flags(tree), "--guide_at", "0", "--run_dir", folder, "--steps", "2") == 0
+    return folder
+
+
+def test_help_shows_a_presets_values_and_the_flags_of_a_beginner_first(capsys):
+    def entries(*argv):
+        with pytest.raises(SystemExit):
+            train.main([*argv, "--help"])
+        lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+        return {flag: " ".join(rest) for flag, *rest in lines}
+
+    assert list(entries())[:4] == ["--teacher", "--preset", "--run_dir", "--resume"]
+    assert "default: 50000" in entries()["--steps"] and "default: 2400" in entries("--preset", "cifar10")["--steps"]
+
+
+@pytest.mark.parametrize(("flags", "gpu", "wanted"), [
+    (["--dataset", "shapes"], True, "demo"), (["--dataset", "folder"], True, "cifar10_gpu"),
+    ([], False, "cifar10"), (["--device", "cpu"], True, "cifar10"), (["--preset", "none"], True, "none"),
+])
+def test_a_new_run_takes_the_preset_of_its_images_and_machine(tmp_path, monkeypatch, capsys, flags, gpu, wanted):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args, _ = train0.parse_args([*flags, "--lr", "0.5"])
+    values = train0.PRESETS.get(wanted, dict(steps=50_000))
+    assert args.preset == wanted and args.lr == 0.5 and args.steps == values["steps"]
+    assert (f"--preset {wanted} by" in capsys.readouterr().out) == (wanted != "none")
+
+
+def test_a_student_takes_the_preset_of_its_teacher(tmp_path, monkeypatch, teacher):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.parse_args(["--teacher", teacher])[0].preset == "cifar10"
+    state = checkpoint.load(teacher)
+    config = dict(state["model_config"], label_dim=10)
+    net = networks.rebuild(config)
+    checkpoint.save(tmp_path / "a.pt", dict(
+        state, classes=shapes.CLASSES, model_config=config, model_ema=net.state_dict()
+    ))
+    assert train.parse_args(["--teacher", "a.pt"])[0].preset == "demo"
+
+
+def test_guidance_that_a_teacher_cannot_give_is_left_out_of_a_preset_and_refused_of_a_flag(tmp_path, teacher, capsys):
+    few = ["--teacher", teacher, "--steps", "1", "--batch_size", "4", "--device", "cpu", "--preset", "cifar10"]
+    assert call(train, *few, "--run_dir", str(tmp_path / "a")) == 0
+    err = capsys.readouterr().err
+    assert "note: no --cfg_scale, as the teacher was trained without --label_dropout" in err
+    assert "note: no --autoguidance_scale, as the teacher has no guide.pt beside it" in err
+    settings = checkpoint.load(tmp_path / "a")["settings"]
+    assert (settings["cfg_scale"], settings["autoguidance_scale"], settings["cfg_interval"]) == (1, 1, None)
+    for flag in "--cfg_scale", "--autoguidance_scale":
+        assert call(train, *few, flag, "2", "--run_dir", str(tmp_path / "b")) == 2
+        assert flag in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_is_made_of_and_notices_that_it_has_changed(tmp_path, capsys):
+    tree = image_tree(tmp_path / "tree")
+    (tree / "cat" / "notes.txt").write_text("")
+    few = [*TINY, "--steps", "2"]
+    images = ["--dataset", "folder", "--data_dir", str(tree), "--channels", "8"]
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert call(train0, *images, *few, "--run_dir", a) == 0
+    assert "folder: 6 images, 2 classes (cat, dog), 1 file left out (.txt)" in capsys.readouterr().out
+    assert call(train, "--teacher", a, *few, "--gen_cls_loss_weight", "0.1", "--run_dir", b) == 0
+    assert f"teacher: {a}/checkpoint.pt, step 2, 2 classes (cat, dog)" in capsys.readouterr().out
+    resumed = ["--run_dir", b, "--resume", "--device", "cpu", "--steps"]
+    assert call(train, *resumed, "3") == 0
+    assert "note:" not in capsys.readouterr().err
+    shutil.copy(tree / "cat" / "0.png", tree / "cat" / "9.png")
+    assert call(train0, "--run_dir", a, "--resume", "--device", "cpu", "--steps", "3", "--batch_size", "2") == 0
+    err = capsys.readouterr().err
+    assert "the images are not those that the run had before" in err and "the batches were of 4 images before" in err
+    assert call(train, *resumed, "4") == 0
+    assert f"note: {a} is another teacher now" in capsys.readouterr().err
+    shutil.rmtree(a)
+    assert call(train, *resumed, "5") == 0
+
+
+def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher, capsys, tree):
+    image_tree(tmp_path / "tree", classes=("ant", "cat", "bee"))
+    flags = ["--dataset", "folder", "--data_dir", str(tmp_path / "tree"), *TINY, "--init", teacher, "--steps", "1"]
+    flags += ["--lr", "1e-12", "--run_dir"]
+    assert call(train0, *flags, str(tmp_path / "a")) == 0
+    assert "step 2, 1 of 3 classes known to it" in capsys.readouterr().out
+    source, state = checkpoint.load(teacher), checkpoint.load(tmp_path / "a")
+    assert state["model_config"] == dict(source["model_config"], label_dim=3)
+    table, theirs = (found["model_ema"].pop("label_embedding.weight") for found in (state, source))
+    torch.testing.assert_close(table[2], theirs[0])                 # cat
+    assert table.shape == (3, theirs.shape[1]) and (table[:2] != theirs[:2]).all()
+    for name, value in source["model_ema"].items():
+        torch.testing.assert_close(state["model_ema"][name], value)
+    assert call(train0, "--run_dir", str(tmp_path / "a"), "--resume", "--device", "cpu", "--steps", "2") == 0
+    assert call(train0, *flags, str(tmp_path / "b"), "--channels", "16") == 2
+    assert "--channels 16: the teacher of --init has 8" in capsys.readouterr().err
+    assert call(train0, *flags, str(tmp_path / "b"), "--init", "no_such_run") == 2
+    assert not os.path.exists(tmp_path / "b")
+
+
+def test_a_run_of_days_says_which_preset_fits(tmp_path, tree, capsys):
+    flags = [*teacher_flags(tree), "--log_every", "1", "--max_minutes", "0.02", "--run_dir"]
+    assert call(train0, *flags, str(tmp_path / "a"), "--steps", "1000000000") == 0
+    assert capsys.readouterr().err.count("hours to go; --preset cifar10 fits this machine") == 1
+    assert call(train0, *flags, str(tmp_path / "b"), "--steps", "1") == 0
+    assert "hours to go" not in capsys.readouterr().err
+
+
+def test_too_few_real_images_and_no_home_to_keep_their_features_in(tmp_path, features, capsys, monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for n, code in ((31, 2), (32, 0)):
+        tree = image_tree(tmp_path / str(n), n=n)
+        flags = ["--dataset", "folder", "--data_dir", str(tree), "--channels", "8", *TINY, "--steps", "1"]
+        measured = ["--eval_every", "1", "--eval_images", "64", "--feature_extractor", features]
+        monkeypatch.setattr(Path, "expanduser", no_home)
+        assert call(train0, *flags, *measured, "--run_dir", str(tmp_path / f"run{n}")) == code
+        assert ("64 real images" if code else "cannot keep the features in --cache_dir") in capsys.readouterr().err
+        assert (tmp_path / f"run{n}").exists() == (code == 0)
