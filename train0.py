@@ -134,7 +134,7 @@ def main(argv=None):
             if args.flip:
                 x_0 = data.random_flip(x_0, rng)
             if args.label_dropout:
-                labels = torch.where(rng.uniform(n) < args.label_dropout, -1, labels)           # -1: no class
+                labels = labels.masked_fill(rng.uniform(n) < args.label_dropout, -1)            # no class
             sigma = diffusion.lognormal_sigma(rng.normal(n, 1, 1, 1), args.p_mean, args.p_std)  # [B, 1, 1, 1]
 
             # L = mean(w(sigma) (x0_hat(x_0 + sigma eps) - x_0)^2)    Karras et al. 2022, equations 2 and 8

@@ -60,9 +60,9 @@ class Taken(BaseException):
 
 
 def take(script, argv):
-    """The step (rng, *arguments) of a training script, and such arguments."""
+    """The step (rngs, *arguments) of a training script, and such arguments."""
     def carry_out(step):
-        def first_call(rng, *arguments):
+        def first_call(rngs, *arguments):
             raise Taken(step, arguments)
         return first_call
 
@@ -97,7 +97,7 @@ def steps(args, device, folder):
 
 def stepper(step, seed, device, arguments):
     """i -> the step with the random numbers of step i, drawn as the loops do."""
-    return lambda i: step(StepRandom(seed, i, device), *arguments)
+    return lambda i: step([StepRandom(seed, i, device)], *arguments)
 
 
 def wait(device):
