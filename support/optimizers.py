@@ -69,41 +69,10 @@ def orthogonalize(matrices, dtype=torch.float32):
                 wide[i].copy_(q.to(dtype) @ wide[i].to(dtype))
 
 
-def directions(updates, dtype):
-    """Turns updates U [out, in, h, w] in place into Muon's: 0.2 sqrt(max(n, k)) times that of the matrix [n, k]."""
-    matrices = [as_matrix(u) for u in updates]
-    orthogonalize(matrices, dtype)
-    torch._foreach_mul_(updates, [0.2 * max(x.shape) ** 0.5 for x in matrices])
-    return updates
-
-
 def as_matrix(weight):
     """A view [out, in h w] of a weight [out, in, h, w] as it lies in memory; no order of the columns matters here."""
     channels_last = weight.is_contiguous(memory_format=torch.channels_last)
     return (weight.permute(0, 2, 3, 1) if channels_last else weight).view(len(weight), -1)
-
-
-class Replayed:
-    """A function of a list of tensors, in place, whose kernels a GPU records at the first call and then replays.
-
-    The recording is of these shapes, and returns the same memory each time: use what it returns before the next call.
-    """
-
-    def __init__(self, function):
-        self.function, self.inputs = function, []
-
-    def __call__(self, tensors):
-        if not tensors or not tensors[0].is_cuda:
-            return self.function(tensors)
-        if [t.shape for t in tensors] != [t.shape for t in self.inputs]:
-            self.inputs = [t.clone() for t in tensors]
-            self.function(self.inputs)              # what the libraries make at their first use must not be recorded
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(self.inputs)
-        torch._foreach_copy_(self.inputs, tensors)
-        self.graph.replay()
-        return self.outputs
 
 
 class Muon(torch.optim.Optimizer):
@@ -124,13 +93,11 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups, bf16):
         super().__init__(groups, dict(lr=0.0))
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        # Replayed, as launching these small products one by one took a third of a step on an H100 (docs/tuning.md).
-        self.directions = [Replayed(lambda updates: directions(updates, dtype)) for _ in self.param_groups]
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self):
-        for group, directions in zip(self.param_groups, self.directions, strict=True):
+        for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
                 continue
@@ -142,7 +109,10 @@ class Muon(torch.optim.Optimizer):
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # in place: on a CPU new memory takes six times as long
-            torch._foreach_add_(weights, directions(gradients), alpha=-group["lr"])
+            orthogonalize([as_matrix(gradient) for gradient in gradients], self.dtype)
+            torch._foreach_mul_(gradients, [0.2 * max(len(g), g[0].numel()) ** 0.5 for g in gradients])
+            torch._foreach_mul_(gradients, group["lr"])
+            torch._foreach_sub_(weights, gradients)
 
 
 class Optimizer:
@@ -165,12 +135,13 @@ class Optimizer:
             ]
 
         self.networks, self.rates = list(rates), list(rates.values())
-        self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True))
+        self.recordable = any(p.is_cuda for network in rates for p in network.parameters())
+        self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True, capturable=self.recordable))
         if name == "muon":
             self.parts["muon"] = Muon(groups(True), bf16)
 
     def step(self, factor=1.0):
-        """One step at factor times the peak learning rates."""
+        """One step at factor times the peak learning rates; where the step is recorded factor is a 0-d tensor."""
         for part in self.parts.values():
             for group, lr in zip(part.param_groups, self.rates, strict=True):
                 group["lr"] = lr * factor
@@ -187,6 +158,8 @@ class Optimizer:
         """Raises KeyError or ValueError if it is that of other networks or of another optimizer."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        for group in self.parts["adam"].param_groups:
+            group["capturable"] = self.recordable   # here, whatever it was where the state was saved
 
 
 def lr_factor(step, args):

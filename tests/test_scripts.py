@@ -752,6 +752,7 @@ WRONG = [
     (sample, ["--checkpoint", "{teacher}", "--labels", "cow"], "cat, dog"),
     (sample, ["--checkpoint", "{teacher}", "--out", "no_such_folder/x.png"], "no_such_folder"),
     (sample, ["--checkpoint", "{teacher}", "--num_images", "0"], "--num_images"),
+    (sample, ["--checkpoint", "{teacher}", "--walk", "walk.png"], "does not end in .gif"),
 ]
 
 
