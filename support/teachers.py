@@ -66,13 +66,7 @@ def load(args, state):
         UsageError, CheckpointError: the flags ask for what this teacher or this run cannot do.
     """
     source = state or checkpoint.load(args.teacher, kind="teacher")
-    if not state:
-        source["teacher_digest"] = networks.digest(source["model_ema"])
-        leave_out_guidance(args, source)
-        classes = f"{len(source['classes'])} classes ({few(source['classes'])})"
-        processes.main_only(print)(f"teacher: {checkpoint.find(args.teacher)}, step {source['step']}, {classes}")
-    elif teacher_changed(args, state) and processes.MAIN:
-        print(f"note: {args.teacher} is another teacher now; the run keeps the one it began with", file=sys.stderr)
+    left_out = [] if state else leave_out_guidance(args, source)
     for name in ("sigma_min", "sigma_max"):
         if source[name] != getattr(args, name):
             raise UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
@@ -85,26 +79,31 @@ def load(args, state):
             raise UsageError("--autoguidance_scale cannot begin in a resumed run: it was begun without a guide")
         if (args.gen_cls_loss_weight > 0) != (source["settings"].get("gen_cls_loss_weight", 0) > 0):
             raise UsageError("--gen_cls_loss_weight cannot turn the GAN on or off in a resumed run")
+        if teacher_changed(args, state) and processes.MAIN:
+            print(f"note: {args.teacher} is another teacher now; the run keeps the one it began with", file=sys.stderr)
         return source, teacher, guide
     if checkpoint.find(args.teacher).resolve().parent == Path(args.run_dir).resolve():
         raise UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
+    guide = load_guide(args, source, args.teacher, "cpu")
+    source["teacher_digest"] = networks.digest(source["model_ema"])
     planned = source.get("settings", {}).get("steps", 0)
-    if source["step"] < planned and processes.MAIN:
-        print(f"note: the teacher is of step {source['step']} of {planned}", file=sys.stderr)
-    return source, teacher, load_guide(args, source, args.teacher, "cpu")
+    step = f"step {source['step']}" + (f" of {planned}" if source["step"] < planned else "")
+    classes = f"{len(source['classes'])} classes ({few(source['classes'])})"
+    processes.main_only(print)("; ".join([f"teacher: {checkpoint.find(args.teacher)}, {step}, {classes}", *left_out]))
+    return source, teacher, guide
 
 
 def leave_out_guidance(args, source):
-    """Set to 1 the scales of a preset, not of a flag, that this teacher was not made for."""
-    missing = dict(cfg_scale=not source.get("label_dropout") and "was trained without --label_dropout")
-    guide = guide_path(args, args.teacher)
-    missing["autoguidance_scale"] = guide and not Path(guide).exists() and f"has no {checkpoint.GUIDE} beside it"
-    for name, reason in missing.items():
-        if reason and getattr(args, name) != 1 and name not in args.given:
+    """Set to 1 the scales of a preset, not of a flag, that this teacher was not made for; returns what to say of it."""
+    guide, said = guide_path(args, args.teacher), []
+    for name, missing in (
+        ("cfg_scale", not source.get("label_dropout") and "it was trained without --label_dropout"),
+        ("autoguidance_scale", guide and not Path(guide).exists() and f"there is no {checkpoint.GUIDE} beside it"),
+    ):
+        if missing and getattr(args, name) != 1 and name not in args.given:
             setattr(args, name, 1.0)
-            processes.main_only(print)(f"note: no --{name}, as the teacher {reason}", file=sys.stderr)
-    if args.cfg_scale == args.autoguidance_scale == 1 and "cfg_interval" not in args.given:
-        args.cfg_interval = None
+            said.append(f"no --{name}, as {missing}")
+    return said
 
 
 def teacher_changed(args, state):
