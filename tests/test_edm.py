@@ -1,0 +1,240 @@
+import collections
+import io
+import math
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edm_unet import Block, EDMUNet
+from support import edm_pickle
+
+DATA = Path(__file__).parent / "data"
+TINY = DATA / "edm-tiny.pkl"            # published format, random weights; its embedded source raises when it is run
+
+
+class Reduced:
+    """Pickled as the call of a function."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError("the file was believed")
+
+
+@pytest.fixture(autouse=True)
+def persistence(monkeypatch):
+    """The module that EDM's files name."""
+    name = "torch_utils.persistence"
+    monkeypatch.setattr(_reconstruct_persistent_obj, "__module__", name)
+    module = types.SimpleNamespace(_reconstruct_persistent_obj=_reconstruct_persistent_obj)
+    monkeypatch.setitem(sys.modules, "torch_utils", types.SimpleNamespace(persistence=module))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def persistent(class_name, **state):
+    meta = dict(type="class", module_src="raise SystemExit", class_name=class_name, state=state)
+    return Reduced(_reconstruct_persistent_obj, meta)
+
+
+def state_of(module, *names):
+    """The state of a module of a file, or of one inside it."""
+    state = module.__dict__ if isinstance(module, nn.ModuleDict) else module.args[0]["state"]
+    return state_of(state["_modules"][names[0]], *names[1:]) if names else state
+
+
+def as_in_a_file(module):
+    inner = {name: as_in_a_file(m) for name, m in module.named_children() if any(True for _ in m.parameters())}
+    state = dict(_parameters=dict(module._parameters), _buffers=dict(resample_filter=None), _modules=inner)
+    if isinstance(module, nn.ModuleDict):
+        copy = nn.ModuleDict.__new__(nn.ModuleDict)
+        copy.__dict__.update(state)
+        return copy
+    name = {EDMUNet: "SongUNet", Block: "UNetBlock"}.get(type(module), type(module).__name__)
+    return persistent(name, **state)
+
+
+def ema_of(net, **changes):
+    """The averaged network of a file."""
+    kwargs = dict(net.config, model_type="SongUNet", augment_dim=9, dropout=np.sqrt(0.5), sigma_max=math.inf) | changes
+    return persistent(
+        "EDMPrecond", _parameters={}, _buffers={}, _modules=dict(model=as_in_a_file(net)),
+        _init_args=(), _init_kwargs=kwargs,
+    )
+
+
+def write(path, ema):
+    with open(path, "wb") as file:
+        pickle.dump(dict(ema=ema, loss_fn=persistent("EDMLoss")), file)
+    return path
+
+
+def tiny(**config):
+    return EDMUNet(**dict(dict(model_channels=4, num_blocks=1, channel_mult=[2, 1], label_dim=3), **config))
+
+
+def test_known_answers():
+    answers = {name: torch.from_numpy(array) for name, array in np.load(DATA / "edm-tiny-answers.npz").items()}
+    x, sigma, labels = answers["x"], answers["sigma"], answers["labels"]
+    config, weights = edm_pickle.read(TINY)
+    net = EDMUNet(**config)
+    net.load_state_dict(weights)
+    level = sigma.view(-1, 1, 1, 1)
+    raw = net.network(x / (level**2 + 0.25).sqrt(), sigma.log() / 4, labels)
+    features = net(x, sigma, labels, return_bottleneck=True)
+    assert features.shape[1] == net.bottleneck_channels and features.shape[2:] == (8, 8)
+    for found, name in (
+        (net(x, sigma, labels), "denoised"), (raw, "raw_F"), (features, "bottleneck_after_in1")
+    ):
+        torch.testing.assert_close(found, answers[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_published_size():
+    with torch.device("meta"):
+        net = EDMUNet()
+        assert net(torch.empty(2, 3, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long)).shape == (2, 3, 32, 32)
+    augment = 9 * 128                   # weights of its inputs for labels of augmentation, which are left out
+    assert sum(p.numel() for p in net.parameters()) == 55_735_299 - augment
+    assert net.bottleneck_channels == 256
+
+
+def test_preconditioning_is_float32_under_autocast():
+    net, x, sigma, labels = tiny(), torch.randn(2, 3, 32, 32), torch.tensor([0.002, 80.0]), torch.tensor([0, -1])
+    nn.init.zeros_(net.dec["32x32_aux_conv"].weight)
+    nn.init.zeros_(net.dec["32x32_aux_conv"].bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        x0_hat = net(x, sigma, labels)
+    torch.testing.assert_close(x0_hat, (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1, 1) * x)
+
+
+def test_labels():
+    x, sigma = torch.randn(1, 3, 32, 32).expand(3, -1, -1, -1), torch.ones(3)
+    a, b, none = tiny()(x, sigma, torch.tensor([0, 2, -1]))
+    assert not any(torch.allclose(*pair) for pair in ((a, b), (a, none), (b, none)))
+    net = tiny(label_dim=0)
+    a, b, none = net(x, sigma, torch.tensor([0, 7, -1]))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(a, none)
+    assert not [name for name in net.state_dict() if "label" in name]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(label_dim=0),
+        dict(model_channels=16, num_blocks=2, channel_mult=[1, 2, 2], attn_resolutions=[32, 8], channel_mult_emb=2),
+    ],
+)
+def test_networks_of_other_sizes_come_back_from_a_file(tmp_path, config):
+    net = tiny(**config)
+    found, weights = edm_pickle.read(write(tmp_path / "net.pkl", ema_of(net)))
+    copy = EDMUNet(**found)
+    copy.load_state_dict(weights)
+    assert copy.config == net.config
+    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+
+
+def test_bad_arguments_are_refused():
+    for config in (dict(model_channels=6), dict(label_dim=-1), dict(num_blocks=0), dict(channel_mult=[])):
+        with pytest.raises(ValueError, match=next(iter(config))):
+            EDMUNet(**config)
+
+
+def refused(path):
+    with pytest.raises(edm_pickle.Refused) as error:
+        edm_pickle.read(path)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 200
+    return str(error.value)
+
+
+def test_cut_files_are_refused(tmp_path):
+    content = TINY.read_bytes()
+    for length in (0, 1, 2, 300, 5000, len(content) // 2, len(content) - 1):
+        (tmp_path / "cut.pkl").write_bytes(content[:length])
+        refused(tmp_path / "cut.pkl")
+
+
+def storage(n, dtype=torch.float32):
+    """The nested pickle of a tensor's numbers."""
+    function, (content,) = torch.zeros(n, dtype=dtype).storage().__reduce__()
+    assert function is torch.storage._load_from_bytes
+    return content
+
+
+def tensor(content, size, stride=(1,), offset=0):
+    args = offset, size, stride, False, collections.OrderedDict()
+    return Reduced(torch._utils._rebuild_tensor_v2, Reduced(torch.storage._load_from_bytes, content), *args)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_code_and_tensors_that_are_not_what_they_say_are_refused(tmp_path):
+    ran, ema, zip_file = tmp_path / "ran", ema_of(tiny()), io.BytesIO()
+    code = Reduced(os.mkdir, str(ran))
+    torch.save(torch.zeros(16), zip_file)
+    parameters = state_of(ema, "model", "map_layer0")["_parameters"]
+    for bias in (
+        code, tensor(pickle.dumps(code, 2), (16,)), 5, Reduced(torch.storage._load_from_bytes, storage(16)),
+        tensor(zip_file.getvalue(), (16,)), tensor(storage(16, torch.float64), (16,)), tensor(storage(16)[:-4], (16,)),
+        tensor(storage(16), (16,), (2,)), tensor(storage(16), (16,), (-1,)), tensor(storage(16), (16,), (1,), 1),
+        tensor(storage(16), (16,), (1,), -1), tensor(storage(16), (4, 4), (4, 1)),
+    ):
+        parameters["bias"] = bias
+        refused(write(tmp_path / "net.pkl", ema))
+        assert not ran.exists()
+    parameters["bias"] = tensor(storage(16), (16,))
+    edm_pickle.read(write(tmp_path / "net.pkl", ema))
+
+
+def test_other_networks_are_refused_by_name(tmp_path):
+    for key, value in dict(
+        embedding_type="fourier", encoder_type="residual", resample_filter=[1, 3, 3, 1], model_type="DhariwalUNet",
+        img_resolution=64, label_dropout=0.1, use_fp16=True, sigma_data=1.0, heads=4,
+    ).items():
+        assert key in refused(write(tmp_path / "net.pkl", ema_of(tiny(), **{key: value})))
+    for key, value in dict(num_blocks=10**9, model_channels=10**6, attn_resolutions=[32], channel_mult="wide").items():
+        refused(write(tmp_path / "net.pkl", ema_of(tiny(), **{key: value})))
+
+    def change_class(ema):
+        ema.args[0]["class_name"] = "VPPrecond\n"
+
+    for change, message in (
+        (change_class, "VPPrecond"),
+        (lambda ema: state_of(ema)["_modules"].update(model=persistent("Mine")), "Mine"),
+        (lambda ema: state_of(ema, "model")["_modules"].update(more=persistent("Mine")), "Mine"),
+        (lambda ema: state_of(ema, "model", "map_layer1")["_parameters"].pop("bias"), "map_layer1.bias"),
+        (lambda ema: state_of(ema, "model")["_modules"].update(it=state_of(ema)["_modules"]["model"]), "KeyError"),
+        (lambda ema: state_of(ema).update(_init_args=(32,)), "32"),
+    ):
+        ema = ema_of(tiny())
+        change(ema)
+        assert message in refused(write(tmp_path / "net.pkl", ema))
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    (tmp_path / "net.pkl").write_bytes(b"\x80\x04}r\xff\xff\xff\x0f.")          # an object to remember as number 2^28
+    assert "memory" in refused(tmp_path / "net.pkl")
+    (tmp_path / "net.pkl").write_bytes(b"\x80\x04" + 1_100_000 * b"}" + b".")
+    assert "memory" in refused(tmp_path / "net.pkl")
+    with torch.device("meta"):
+        ema = ema_of(tiny(model_channels=4000))
+
+    def shrink(module):                                         # every tensor one number, repeated
+        state = state_of(module)
+        for name, value in state["_parameters"].items():
+            state["_parameters"][name] = tensor(storage(1), tuple(value.shape), (0,) * value.dim())
+        for inner in state["_modules"].values():
+            shrink(inner)
+
+    shrink(ema)
+    assert "larger than itself" in refused(write(tmp_path / "net.pkl", ema))
