@@ -19,8 +19,9 @@ import torch
 
 from edm_unet import EDMUNet
 
-# Ten times what the published files have; each may cost a hundred times its own size.
-MOST_OPCODES = 1_000_000
+# Ten times what the published files have. Each may cost a hundred times its own size; and Python's stack is too short
+# for the hash of tuples nested too deep.
+MOST_OPCODES, MOST_TUPLES = 1_000_000, 20_000
 
 # Arguments of the file's network that EDMUNet takes; those that do nothing once it is trained, as the inputs for labels
 # of augmentation are zeros and dropout is off; and of all others the values that EDMUNet stands for.
@@ -119,8 +120,11 @@ def check_opcodes(file):
 
     The memo is an array, as long as the largest index asks; an honest one counts the objects before it.
     """
+    tuples = 0
     for count, (opcode, arg, position) in enumerate(pickletools.genops(file)):
-        if count == MOST_OPCODES or (opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > position):
+        tuples += opcode.name.startswith("TUPLE")
+        bomb = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > position
+        if bomb or count == MOST_OPCODES or tuples == MOST_TUPLES:
             raise Refused("it is made to take more memory than it is large")
 
 

@@ -222,10 +222,13 @@ def test_other_networks_are_refused_by_name(tmp_path):
 
 
 def test_a_small_file_takes_little_memory(tmp_path):
-    (tmp_path / "net.pkl").write_bytes(b"\x80\x04}r\xff\xff\xff\x0f.")          # an object to remember as number 2^28
-    assert "memory" in refused(tmp_path / "net.pkl")
-    (tmp_path / "net.pkl").write_bytes(b"\x80\x04" + 1_100_000 * b"}" + b".")
-    assert "memory" in refused(tmp_path / "net.pkl")
+    for code in (
+        b"}r\xff\xff\xff\x0f",                                  # an object to remember as number 2^28
+        1_100_000 * b"}",
+        b"}()" + 300_000 * b"\x85" + b"Nu",                     # a key of tuples in tuples
+    ):
+        (tmp_path / "net.pkl").write_bytes(b"\x80\x04" + code + b".")
+        assert "memory" in refused(tmp_path / "net.pkl")
     with torch.device("meta"):
         ema = ema_of(tiny(model_channels=4000))
 
