@@ -65,7 +65,7 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
     return x
 
 
-def guided(denoise, guidance_scale=1.0, guidance_interval=None, guide=None, autoguidance_scale=1.0):
+def guided(denoise, cfg_scale=1.0, cfg_interval=None, guide=None, autoguidance_scale=1.0):
     """The denoiser D led away from what it makes of no class, D(-1), and from what a weaker denoiser makes, D_weak.
 
         D + (w - 1) (D - D(-1)) + (v - 1) (D - D_weak)
@@ -75,23 +75,23 @@ def guided(denoise, guidance_scale=1.0, guidance_interval=None, guide=None, auto
 
     Args:
         denoise: D; for a w other than 1 one trained with label dropout, to which label -1 means no class.
-        guidance_scale: w; 1 costs nothing.
-        guidance_interval: low, high: both act at low < sigma <= high alone, as guidance at high noise costs variety
+        cfg_scale: w; 1 costs nothing.
+        cfg_interval: low, high: both act at low < sigma <= high alone, as guidance at high noise costs variety
             (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere. Where all images have one sigma, a
             sampler's, none costs an evaluation outside.
         guide: D_weak, trained for less long or smaller than the denoiser; needed for a v other than 1.
         autoguidance_scale: v; 1 costs nothing.
     """
-    w, v = guidance_scale, autoguidance_scale
+    w, v = cfg_scale, autoguidance_scale
     if w == v == 1:
         return denoise
-    low, high = guidance_interval or (0, math.inf)
+    low, high = cfg_interval or (0, math.inf)
 
     def denoise_guided(x_t, sigma, labels):
         sigma = torch.as_tensor(sigma, device=x_t.device)
         inside = (low < sigma) & (sigma <= high)                                    # [], or [B, 1, 1, 1]
         x0_hat = denoise(x_t, sigma, labels)
-        if guidance_interval and sigma.numel() == 1 and not inside:
+        if cfg_interval and sigma.numel() == 1 and not inside:
             return x0_hat
         away = 0                                                                    # [B, 3, 32, 32]
         if w != 1:

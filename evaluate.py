@@ -19,49 +19,55 @@ import numpy as np
 import torch
 import torch_fidelity
 
-import checkpoint
-import cli
-import data
-import distributed
-import metrics
-import records
-import runtime
-import sampling
+from support import (
+    checkpoint,
+    data,
+    errors,
+    flags,
+    hardware,
+    metrics,
+    processes,
+    records,
+    resume,
+    sampling,
+    teachers,
+    validation,
+)
 
 LEAST_IMAGES = 2048                                 # with fewer the covariance of Inception's 2048 features has no rank
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description="Measure a checkpoint, or images made elsewhere, against a dataset.")
-    cli.add_common(parser)
+    parser = flags.Parser(description="Measure a checkpoint, or images made elsewhere, against a dataset.")
+    flags.add_common(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
+        "--checkpoint", type=flags.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
     )
     source.add_argument(
-        "--npz", type=cli.path,
+        "--npz", type=flags.path,
         help="images of arr_0, uint8 [N, 32, 32, 3], labels of arr_1 if there; default: the checkpoint's images",
     )
     source.add_argument(
-        "--images", type=cli.path, help="a folder of images, however deep; default: the checkpoint's images"
+        "--images", type=flags.path, help="a folder of images, however deep; default: the checkpoint's images"
     )
-    cli.add_dataset(parser, "real images, by default those that the checkpoint was trained on", None, None, flip=False)
+    flags.add_dataset(parser, "real images, by default those of the checkpoint's training", None, None, flip=False)
     parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
     parser.add_argument(
-        "--num_images", type=cli.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
+        "--num_images", type=flags.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
     )
     parser.add_argument(
-        "--batch_size", type=cli.count, default=250, help="images at a time; moves nothing but roundings",
+        "--batch_size", type=flags.count, default=250, help="images at a time; moves nothing but roundings",
     )
-    parser.add_argument("--repeats", type=cli.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
-    parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
-    cli.add_guidance(parser, "a teacher")
+    parser.add_argument("--repeats", type=flags.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
+    parser.add_argument("--num_steps", type=flags.count, default=18, help="Heun steps, for a teacher")
+    flags.add_cfg(parser, "a teacher")
     parser.add_argument(
-        "--neighbours", type=cli.number(int, LEAST_IMAGES), help="images of each set that precision and recall look "
+        "--neighbours", type=flags.number(int, LEAST_IMAGES), help="images of each set that precision and recall look "
         "at, in a time that grows with its square: minutes for 50,000 on a CPU; default: all, as torch-fidelity"
     )
-    cli.add_features(parser)
-    parser.add_argument("--out", type=cli.path, default="results/evaluation.json", help="the JSON")
+    flags.add_features(parser)
+    parser.add_argument("--out", type=flags.path, default="runs/evaluation.json", help="the JSON")
     args = parser.parse_args(argv)
     if args.npz or args.images:
         args.checkpoint = None
@@ -70,10 +76,10 @@ def parse_args(argv=None):
         if args.dataset is None:
             parser.error("--npz and --images need --dataset, the real images to measure against")
     else:
-        args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
-    if Path(args.out).is_dir() or not cli.writable(args.out):
+        args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
+    if Path(args.out).is_dir() or not flags.writable(args.out):
         parser.error(f"cannot write --out {args.out}")
-    cli.check_features(args)
+    validation.check_features(args)
     return args
 
 
@@ -113,40 +119,40 @@ def spread(values):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = cli.device(args)
+    device = hardware.start(args)
     state, given = None, None
     if args.checkpoint:
         state = checkpoint.load(args.checkpoint)
-        guidance = cli.sampling_guidance(args, state, device)
-        guide = cli.guide_path(args, args.checkpoint)
+        cfg = teachers.sampling_cfg(args, state, device)
+        guide = teachers.guide_path(args, args.checkpoint)
         # Now, as a run at work saves anew while its images are made.
         digest, guide_digest = (file and sha256(checkpoint.find(file)) for file in (args.checkpoint, guide))
-        with cli.restoring(args.checkpoint):
-            sample = sampling.sampler(state, device, args.num_steps, guidance, args.compile)
+        with resume.restoring(args.checkpoint):
+            sample = sampling.sampler(state, device, args.num_steps, cfg, args.compile)
     else:
         given, labels = read_npz(args.npz) if args.npz else (read_images(args.images), None)
         if len(given) < LEAST_IMAGES:
-            raise cli.UsageError(f"{args.npz or args.images} has {len(given)} images: {LEAST_IMAGES} are the least")
-    dataset = cli.dataset(args, state, args.split)
+            raise errors.UsageError(f"{args.npz or args.images} has {len(given)} images: {LEAST_IMAGES} are the least")
+    dataset = data.from_flags(args, state, args.split)
     if len(dataset.images) < LEAST_IMAGES:
-        raise cli.UsageError(f"the dataset has {len(dataset.images)} images: {LEAST_IMAGES} are the least")
-    extractor = cli.extractor(args, device)
+        raise errors.UsageError(f"the dataset has {len(dataset.images)} images: {LEAST_IMAGES} are the least")
+    extractor = validation.extractor(args, device)
 
     start = time.perf_counter()
-    real = distributed.main_only(metrics.reference)(dataset.images, extractor, args.cache_dir)
+    real = processes.main_only(metrics.reference)(dataset.images, extractor, args.cache_dir)
     runs, making = [], 0.0
     if state and (args.compile or device.type == "cuda"):       # what the first batch compiles or loads is no speed
-        with runtime.autocast(device, args.precision):
-            warm = args.batch_size * distributed.WORLD + args.num_images % args.batch_size      # the last is smaller
+        with hardware.autocast(device, args.precision):
+            warm = args.batch_size * processes.WORLD + args.num_images % args.batch_size      # the last is smaller
             sampling.generate(sample, args.seed, torch.zeros(warm).long(), args.batch_size, device)
     for seed in range(args.seed, args.seed + args.repeats):
         if state:
             labels = torch.arange(args.num_images) % len(state["classes"])          # as many of each class
             began = time.perf_counter()
-            with runtime.autocast(device, args.precision):
+            with hardware.autocast(device, args.precision):
                 given = sampling.generate(sample, seed, labels, args.batch_size, device, bar=True)
             making += time.perf_counter() - began
-        values = distributed.from_main(metrics.distances, given, labels, real, extractor, args.neighbours)
+        values = processes.from_main(metrics.distances, given, labels, real, extractor, args.neighbours)
         runs.append(dict(seed=seed, **values))
 
     n = len(given)
@@ -163,14 +169,14 @@ def main(argv=None):
     if state:
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
-            evaluations=sampling.evaluations(state, args.num_steps, guidance),
-            guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval,
+            evaluations=sampling.evaluations(state, args.num_steps, cfg),
+            cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval,
             autoguidance_scale=args.autoguidance_scale, guide_sha256=guide_digest,
-            bf16=runtime.uses_bf16(device, args.precision), batch_size=args.batch_size,
+            bf16=hardware.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),
         )
     records.write_json(args.out, report, device)
-    if distributed.MAIN:
+    if processes.MAIN:
         for name, value in values.items():
             deviation = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
             print(f"{name.upper():24} {value['mean']:10.4f}{deviation}")
@@ -178,4 +184,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    errors.run(main)

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import distributed
 from diffusion import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN, guided, karras_sigmas, karras_weight, timestep
 from model import group_norm
-from randomness import StepRandom
+from support.randomness import StepRandom
 
 
 def fresh_random(device):
@@ -72,7 +71,7 @@ class GuidanceModel(nn.Module):
         min_step_percent, max_step_percent: range of the noise levels of the distribution matching loss, as fractions
             of the 1000 Karras steps, 0 the least noise.
         sigma_min, sigma_max: range of the Karras schedule; images span [-1, 1].
-        guidance_scale, guidance_interval, guide, autoguidance_scale: guidance of real_unet, as in diffusion.guided; of
+        cfg_scale, cfg_interval, guide, autoguidance_scale: guidance of real_unet, as in diffusion.guided; of
             the guide, a weaker teacher, a copy is kept.
         gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a SimpleUNet, or have its
             bottleneck_channels and return_bottleneck.
@@ -80,12 +79,13 @@ class GuidanceModel(nn.Module):
             which the DM loss never asks it.
         diffusion_gan_max_timestep: the GAN compares images noised to a timestep below this one of 1000; 0: clean ones.
         f_div: divergence between student and teacher, a key of F_DIVERGENCES; all but "rkl" need gan.
+        batch_mean: mean of a tensor over the batch; where processes share the batch, over all of theirs.
     """
 
     def __init__(
         self, teacher, min_step_percent=0.02, max_step_percent=0.98, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
-        guidance_scale=1.0, guidance_interval=None, guide=None, autoguidance_scale=1.0, fake_noise="all", gan=False,
-        diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl",
+        cfg_scale=1.0, cfg_interval=None, guide=None, autoguidance_scale=1.0, fake_noise="all", gan=False,
+        diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl", batch_mean=torch.mean,
     ):
         super().__init__()
         if f_div != "rkl" and not gan:
@@ -97,8 +97,8 @@ class GuidanceModel(nn.Module):
         self.guide = None if guide is None else copy.deepcopy(guide).eval().requires_grad_(False)
         self.fake_unet = copy.deepcopy(teacher).train().requires_grad_(True)
         self.cls_head = ClassifierHead(teacher.bottleneck_channels) if gan else None
-        self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
-        self.autoguidance_scale, self.f_div = autoguidance_scale, f_div
+        self.cfg_scale, self.cfg_interval = cfg_scale, cfg_interval
+        self.autoguidance_scale, self.f_div, self.batch_mean = autoguidance_scale, f_div, batch_mean
         self.diffusion_gan_max_timestep = diffusion_gan_max_timestep
         self.min_step, self.max_step = timestep(min_step_percent), timestep(max_step_percent)
         self.fake_steps = dict(all=(0, timestep(1)), dm=(self.min_step, self.max_step))[fake_noise]
@@ -114,7 +114,7 @@ class GuidanceModel(nn.Module):
     def guided_teacher(self):
         """real_unet with its guidance, a denoiser."""
         return guided(
-            self.real_unet, self.guidance_scale, self.guidance_interval, self.guide, self.autoguidance_scale
+            self.real_unet, self.cfg_scale, self.cfg_interval, self.guide, self.autoguidance_scale
         )
 
     def add_noise(self, x, low, high, rng):
@@ -145,7 +145,7 @@ class GuidanceModel(nn.Module):
                 # The best head has D(x_t) = ln p_real(x_t) / p_fake(x_t). Of mean 1, so that the step keeps its size.
                 ratio = self.logits(x_t, sigma, labels).clamp(-10, 10).exp()        # [B]
                 h = F_DIVERGENCES[self.f_div](ratio)
-                grad = grad * (h / distributed.mean(h.mean())).view(-1, 1, 1, 1)
+                grad = grad * (h / self.batch_mean(h)).view(-1, 1, 1, 1)
         # L_dm = 0.5 mse(x_gen, stopgrad(x_gen - grad))
         loss = 0.5 * F.mse_loss(x_gen, (x_gen - grad).detach())
         return loss, dict(grad=grad)

@@ -145,7 +145,7 @@ class SimpleUNet(Denoiser):
             )
         self.middle = nn.ModuleList([ResBlock(width[-1], width[-1], emb), ResBlock(width[-1], width[-1], emb)])
         self.attention = SelfAttention(width[-1])
-        self.head = ResBlock(2 * channels, channels, emb)
+        self.out_block = ResBlock(2 * channels, channels, emb)
         self.out_norm = group_norm(channels)
         self.out_conv = nn.Conv2d(channels, 3, 3, padding=1)
         nn.init.zeros_(self.out_conv.weight)
@@ -178,5 +178,5 @@ class SimpleUNet(Denoiser):
             for block in blocks:
                 h = block(h, emb)
             h = F.interpolate(h, scale_factor=2, mode="nearest")                    # to 8x8, 16x16, 32x32
-        h = self.head(torch.cat([h, stem], dim=1), emb)                             # [B, C, 32, 32]
+        h = self.out_block(torch.cat([h, stem], dim=1), emb)                             # [B, C, 32, 32]
         return self.out_conv(F.silu(self.out_norm(h)))                              # [B, 3, 32, 32]

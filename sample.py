@@ -16,40 +16,35 @@ import numpy as np
 import torch
 from torchvision.utils import save_image
 
-import checkpoint
-import cli
-import distributed
-import records
-import runtime
-import sampling
-from data import to_float
+from support import checkpoint, errors, flags, hardware, pictures, processes, records, resume, sampling, teachers
+from support.data import to_float
 
 GRID_IMAGES = 1000                                  # a larger picture would be of no use
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description="Sample a checkpoint into a grid of images.")
-    cli.add_common(parser)
+    parser = flags.Parser(description="Sample a checkpoint into a grid of images.")
+    flags.add_common(parser)
     # Here exactness comes first: in bf16 an image would depend a little on the batch it was made in.
     parser.set_defaults(precision="fp32")
     parser.add_argument(
-        "--checkpoint", type=cli.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
+        "--checkpoint", type=flags.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
     )
-    parser.add_argument("--out", type=cli.path, default="grid.png", help="the grid, a PNG: one class per row")
+    parser.add_argument("--out", type=flags.path, default="grid.png", help="the grid, a PNG: one class per row")
     parser.add_argument(
-        "--npz", type=cli.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
+        "--npz", type=flags.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
     )
-    parser.add_argument("--num_images", type=cli.count, default=100, help="images in all")
+    parser.add_argument("--num_images", type=flags.count, default=100, help="images in all")
     parser.add_argument(
-        "--batch_size", type=cli.count, default=100, help="images at a time; moves nothing but roundings"
+        "--batch_size", type=flags.count, default=100, help="images at a time; moves nothing but roundings"
     )
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
-    parser.add_argument("--num_steps", type=cli.count, default=18, help="Heun steps, for a teacher")
-    cli.add_guidance(parser, "a teacher")
+    parser.add_argument("--num_steps", type=flags.count, default=18, help="Heun steps, for a teacher")
+    flags.add_cfg(parser, "a teacher")
     args = parser.parse_args(argv)
-    args.checkpoint = cli.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
+    args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     for path in filter(None, (args.out, args.npz)):
-        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not cli.writable(path):
+        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not flags.writable(path):
             parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out {args.out} does not end in .png")
@@ -61,36 +56,36 @@ def class_indices(names, classes):
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for name in names:
         if name not in numbers:
-            raise cli.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {', '.join(classes)}")
+            raise errors.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {', '.join(classes)}")
     return [numbers[name] for name in names]
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = cli.device(args)
+    device = hardware.start(args)
     state = checkpoint.load(args.checkpoint)
-    guidance = cli.sampling_guidance(args, state, device)
+    cfg = teachers.sampling_cfg(args, state, device)
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
-    with cli.restoring(args.checkpoint):
-        sample = sampling.sampler(state, device, args.num_steps, guidance, args.compile)
+    with resume.restoring(args.checkpoint):
+        sample = sampling.sampler(state, device, args.num_steps, cfg, args.compile)
 
     start = time.perf_counter()
-    with runtime.autocast(device, args.precision):
+    with hardware.autocast(device, args.precision):
         images = sampling.generate(sample, args.seed, labels, args.batch_size, device, bar=True)
     rate = len(images) / (time.perf_counter() - start)
 
-    picture = runtime.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
+    picture = pictures.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
     records.write(args.out, lambda file: save_image(picture, file, format="png"))
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
         records.write(args.npz, lambda file: np.savez(file, *arrays))
-    nfe = sampling.evaluations(state, args.num_steps, guidance)
-    distributed.main_only(print)(
+    nfe = sampling.evaluations(state, args.num_steps, cfg)
+    processes.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
         f"{rate:.1f} images/s, {args.out}{' and ' + args.npz if args.npz else ''}"
     )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    errors.run(main)

@@ -45,7 +45,7 @@ class UnifiedModel(nn.Module):
         return few_step_sample(self.feedforward_model, z, labels, sigmas, lambda i: rng.normal(*z.shape))
 
     def generator_turn(self, x_gen, labels, rng=None):
-        """The generator's losses and pictures, two dicts; x_gen carries the gradient to feedforward_model alone."""
+        """The generator's losses and the DM gradient, two dicts; x_gen carries the gradient to the generator alone."""
         guidance = self.guidance_model
         losses = {}
         losses["loss_dm"], log = guidance.compute_distribution_matching_loss(x_gen, labels, rng)
@@ -54,14 +54,13 @@ class UnifiedModel(nn.Module):
         return losses, log
 
     def guidance_turn(self, x_gen, labels, rng=None, x_real=None, real_labels=None):
-        """The losses and pictures of fake_unet and cls_head, two dicts; no gradient goes back to the generator.
+        """The losses of fake_unet and cls_head and the mean logits, two dicts; no gradient goes back to the generator.
 
         x_real [B, 3, 32, 32] and real_labels [B] are needed where there is a GAN.
         """
         guidance = self.guidance_model
-        losses = {}
-        losses["loss_fake"], log = guidance.compute_loss_fake(x_gen, labels, rng)
+        losses, log = {}, {}
+        losses["loss_fake"], _ = guidance.compute_loss_fake(x_gen, labels, rng)
         if guidance.cls_head is not None:
-            losses["cls_loss"], logits = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng)
-            log.update(logits)
+            losses["cls_loss"], log = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng)
         return losses, log

@@ -6,6 +6,8 @@
     optimizer.zero_grad()
 """
 
+import math
+
 import torch
 
 MOMENTUM = 0.95
@@ -138,3 +140,11 @@ class Optimizer:
         """Raises KeyError or ValueError if it is that of other networks or of another optimizer."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+
+
+def lr_factor(step, args):
+    """Learning rate at a step, as a fraction of its peak: a linear rise, then constant or half a cosine to zero."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    return (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1.0

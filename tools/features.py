@@ -1,7 +1,7 @@
 """A feature network of your own for evaluate.py, in place of Inception: a classifier of a dataset, by torch.export.
 
-    python features.py --dataset shapes                         # half a minute on a CPU; into features.pt2
-    python features.py --dataset cifar10 --out cifar10.pt2      # of photographs, a quarter of an hour
+    python -m tools.features --dataset shapes                         # half a minute on a CPU; into features.pt2
+    python -m tools.features --dataset cifar10 --out cifar10.pt2      # of photographs, a quarter of an hour
     python evaluate.py --checkpoint runs/demo/dmd2 --feature_extractor features.pt2
 
 Distances in its features compare runs on this dataset with one another and mean nothing beside FID. For `shapes` it
@@ -18,14 +18,9 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import cli
-import data
-import metrics
-import records
-import runtime
-import shapes
-from optimizers import Optimizer
-from randomness import StepRandom
+from support import data, errors, flags, hardware, metrics, records, shapes
+from support.optimizers import Optimizer
+from support.randomness import StepRandom
 
 SHAPES_IMAGES = 20_000
 SHAPES_TRAIN, SHAPES_TEST = 101, 102                # seeds; data.py draws its two splits from 0 and 1
@@ -84,12 +79,12 @@ def train(net, dataset, recipe, args, device):
     images, labels = dataset.images.to(device), dataset.labels.to(device)
     forward = torch.compile(net) if args.compile else net
     precision = args.precision if recipe["precision"] == "auto" else recipe["precision"]
-    optimizer = Optimizer(recipe["optimizer"], {net: recipe["lr"]}, runtime.uses_bf16(device, precision))
+    optimizer = Optimizer(recipe["optimizer"], {net: recipe["lr"]}, hardware.uses_bf16(device, precision))
     steps = args.epochs * math.ceil(len(images) / BATCH_SIZE)
     rows = (rows for _ in range(args.epochs) for rows in torch.randperm(len(images)).to(device).split(BATCH_SIZE))
     for step, batch in enumerate(tqdm(rows, total=steps, unit="step")):
         x = recipe["vary"](images[batch].float(), args.flip, StepRandom(args.seed, step, device))   # [B, 3, 32, 32]
-        with runtime.autocast(device, precision):
+        with hardware.autocast(device, precision):
             logits = forward(x)[1]
         loss = F.cross_entropy(logits.float(), labels[batch])
         optimizer.zero_grad()
@@ -107,20 +102,20 @@ def read(args, split):
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description="Train and save a feature network for the images of a dataset.")
-    cli.add_common(parser)
-    cli.add_dataset(parser, "images to learn from")
-    parser.add_argument("--epochs", type=cli.count, help="passes over them; default: 3 for shapes, 6 for others")
-    parser.add_argument("--out", type=cli.path, default="features.pt2", help="the network, for evaluate.py")
+    parser = flags.Parser(description="Train and save a feature network for the images of a dataset.")
+    flags.add_common(parser)
+    flags.add_dataset(parser, "images to learn from")
+    parser.add_argument("--epochs", type=flags.count, help="passes over them; default: 3 for shapes, 6 for others")
+    parser.add_argument("--out", type=flags.path, default="features.pt2", help="the network, for evaluate.py")
     args = parser.parse_args(argv)
-    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir() or not cli.writable(args.out):
+    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir() or not flags.writable(args.out):
         parser.error(f"cannot write {args.out}: it is a folder, or its folder is not there or not writable")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = cli.device(args)
+    device = hardware.start(args)
     recipe = FIGURES if args.dataset == "shapes" else PHOTOGRAPHS
     args.epochs = args.epochs or recipe["epochs"]
     dataset = read(args, "train")
@@ -144,4 +139,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    errors.run(main)

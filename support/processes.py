@@ -16,13 +16,10 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
     int(os.environ[name]) if LAUNCHED else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
+SHARE = RANK, WORLD                                 # which of how many shares of a batch is this process's
 MAIN = RANK == 0                                    # the process that writes
 # The others wait while one measures, or loads a dataset. That one has died is torchrun's to see, at once.
 TIMEOUT = datetime.timedelta(hours=2)
-
-
-class OutOfStepError(Exception):
-    """The processes of a run do not hold the same weights any more."""
 
 
 def start():
@@ -55,6 +52,11 @@ def mean(tensor):
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total / WORLD
+
+
+def batch_mean(tensor):
+    """The mean over the whole batch, of which each process has a share [B, ...]; without gradient."""
+    return mean(tensor.mean())
 
 
 def average_gradients(parameters):
@@ -100,15 +102,14 @@ def from_main(function, *args):
     return result[0]
 
 
-def check_same(*modules):
-    """Raises OutOfStepError in all processes unless the modules' weights are bit-identical in all of them."""
+def same(*modules):
+    """Whether the modules' weights are bit-identical in all processes."""
     if WORLD == 1:
-        return
+        return True
     digest = hashlib.sha256()
     for module in modules:
         for value in module.state_dict().values():
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     digests = [None] * WORLD
     dist.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
-        raise OutOfStepError("the processes hold different weights: stopped; the last checkpoint stands")
+    return len(set(digests)) == 1

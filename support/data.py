@@ -8,6 +8,7 @@ A whole 32x32 dataset is small (CIFAR-10: 150 MB as uint8), so it lives on the d
 """
 
 import contextlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,15 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 
-import shapes
 from model import IMAGE_SIZE
+from support import processes, shapes
+from support.errors import UsageError
 
 DATASETS = ("cifar10", "folder", "shapes")
 SHAPES_TRAIN_IMAGES = 20_000
 
 
-class DataError(Exception):
+class DataError(UsageError):
     """The dataset cannot be read; the message is one line that names the file or folder."""
 
 
@@ -90,7 +92,7 @@ def read_image(path):
 
 
 def load_folder(root, split):
-    if any(place.is_dir() for place in (root / split).glob("*")):           # classes in it: it is no class itself
+    if any(folder.is_dir() for folder in (root / split).glob("*")):           # classes in it: it is no class itself
         root = root / split
     elif split != "train":
         raise DataError(f"--data_dir {root} has no folder {split}")
@@ -149,3 +151,28 @@ class Batches:
             position += len(rows[-1])
         rows = torch.cat(rows)[self.mine]
         return to_float(self.images[rows]), self.labels[rows]
+
+
+def name_dataset(args, state):
+    """Fill in the flags of add_dataset, where they are not given, with what the checkpoint's network was trained on."""
+    known = state.get("settings", {}) if state else {}
+    args.dataset = args.dataset or known.get("dataset")
+    known = known if args.dataset == known.get("dataset") else {}
+    args.data_dir = args.data_dir or known.get("data_dir") or "data"
+    if getattr(args, "flip", 1) is None:
+        args.flip = known.get("flip", 1)
+
+
+def from_flags(args, state=None, split="train"):
+    """The dataset of --dataset, or where that is not given what the checkpoint's network was trained on."""
+    name_dataset(args, state)
+    if args.dataset is None:
+        raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
+    loaded = processes.first_of_host(load, args.dataset, args.data_dir, split)
+    if state and loaded.classes != state["classes"]:
+        raise UsageError(f"the classes of --dataset {args.dataset} are not those of the checkpoint")
+    counts = loaded.labels.bincount(minlength=len(loaded.classes))
+    if counts.max() > 1.1 * counts.min() and processes.MAIN:
+        few, many = counts.min(), counts.max()
+        print(f"note: the classes have {few} to {many} images; students learn as many of each", file=sys.stderr)
+    return loaded

@@ -1,34 +1,35 @@
-"""Checkpoints: one self-describing file per save, never half-written, never running code when loaded; and the EMA.
+"""Checkpoints: one self-describing file per save, never half-written, never running code when loaded.
 
     checkpoint.save("runs/teacher/checkpoint.pt", dict(kind="teacher", ...))
     state = checkpoint.load("runs/teacher", kind="teacher")      # a file, or a run folder
-    net = checkpoint.ema_model(state)
 """
 
 import io
 import math
 import os
+import re
 import zipfile
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
-import distributed
-from model import SimpleUNet
+from support import processes
+from support.errors import UsageError
 
 FORMAT = "dmd2 checkpoint 1"
 # What a run folder holds: the newest, the one of the least distance, and of a teacher's run an early one.
 NAMES = NAME, BEST, GUIDE = "checkpoint.pt", "best.pt", "guide.pt"
+LOG = "log.jsonl"                                   # beside them, a line per reading of the losses
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 KEYS = ("step", "model_config", "model_ema", "classes", "sigma_min", "sigma_max")
 KINDS = {"teacher": KEYS, "student": (*KEYS, "denoising_sigmas")}
 
 
-class CheckpointError(Exception):
+class CheckpointError(UsageError):
     """There is no usable checkpoint; the message is one line that names the file."""
 
 
-@distributed.main_only
+@processes.main_only
 def save(path, state, compressed=False):
     """Write state to path so that a kill at any instant leaves either the old file or the new one, whole.
 
@@ -96,6 +97,7 @@ def load(path, kind=None):
         raise CheckpointError(f"{file} is damaged: checksum of {damaged} does not match")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a checkpoint of this project ({FORMAT})")
+    upgrade(state)
     if state.get("kind") not in list(KINDS) or any(key not in state for key in KINDS[state["kind"]]):
         raise CheckpointError(f"{file} is incomplete")
     if not consistent(state):
@@ -103,6 +105,30 @@ def load(path, kind=None):
     if kind and state["kind"] != kind:
         raise CheckpointError(f"{file} holds a {state['kind']}, but a {kind} is needed")
     return state
+
+
+# Flags by their former names, and former flags with the value that today's code has no flag for.
+RENAMED = dict(guidance_scale="cfg_scale", guidance_interval="cfg_interval")
+FORMER = dict(sigma_sampling="lognormal", more_ema_decays=[])
+
+
+def upgrade(state):
+    """Give what older versions saved today's names, in place; what is no dict is left for others to refuse."""
+    settings = state.get("settings")
+    if isinstance(settings, dict):
+        for old, new in RENAMED.items():
+            if old in settings:
+                settings[new] = settings.pop(old)
+        for name, value in FORMER.items():
+            if settings.get(name) == value:
+                del settings[name]
+    if isinstance(state.get("emas"), dict) and state["emas"]:   # several averages, of which the first was sampled from
+        state["ema"] = next(iter(state.pop("emas").values()))
+    if isinstance(state.get("best"), dict) and "of" in state["best"]:
+        state["best"]["metric"] = state["best"].pop("of")
+    for name in ("model_ema", "model", "ema"):
+        if isinstance(state.get(name), dict):
+            state[name] = {re.sub(r"(^|\.)head\.", r"\1out_block.", key): v for key, v in state[name].items()}
 
 
 def consistent(state):
@@ -129,58 +155,19 @@ def slim(state):
     return dict(kept, model_ema={name: value.bfloat16() for name, value in state["model_ema"].items()})
 
 
-def ema_model(state, device="cpu"):
-    """The averaged network of a loaded checkpoint, in evaluation mode, channels_last."""
-    net = SimpleUNet(**state["model_config"])
-    net.load_state_dict(state["model_ema"])
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+def stamp(folder):
+    """What tells one save of a run folder's checkpoint from the next; None where there is none."""
+    try:
+        found = os.stat(Path(folder) / NAME)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-class EMA(AveragedModel):
-    """Exponential moving average of a network's weights: torch's AveragedModel with a decay that grows.
-
-    At update n the decay is min(decay, (1 + n) / (10 + n)): while a run is young the horizon is a ninth of it, so that
-    the average never holds the noise of the start, however short the run is.
-    """
-
-    def __init__(self, model, decay):
-        super().__init__(model)
-        self.decay = decay
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update_parameters(self, model):
-        # AveragedModel's own method copies its counter to the device and waits for it, in every step; here the counter
-        # stays on the CPU. Buffers are copied, as there.
-        n = int(self.n_averaged)
-        decay = min(self.decay, (1 + n) / (10 + n))
-        averaged, current = list(self.module.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-        for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
-            averaged.copy_(current)
-        self.n_averaged += 1
-
-
-class EMAs(torch.nn.ModuleList):
-    """Averages of one network at several decays, to find the decay in one run; the first is the one that counts.
-
-    Decays above (1 + n) / (10 + n), see EMA, are alike up to update n: what can be told apart are shorter horizons.
-    """
-
-    def __init__(self, model, decays):
-        super().__init__(EMA(model, decay) for decay in dict.fromkeys(decays))            # each once
-        for ema in self:
-            ema.suffix = "" if ema is self[0] else f"_ema_{ema.decay}"              # of its measurements' names
-
-    def update(self, model):
-        for ema in self:
-            ema.update_parameters(model)
-
-    def state(self):
-        """What a checkpoint keeps to resume from: decay -> state."""
-        return {ema.decay: ema.state_dict() for ema in self}
-
-    def load(self, state):
-        """Take the averages from a checkpoint; one of a decay that it does not have goes on from its first."""
-        for ema in self:
-            ema.load_state_dict(state["emas"].get(ema.decay, next(iter(state["emas"].values()))))
+def or_shipped(path, default, name):
+    """path, or the weights that come with the code where path was not asked for and holds no run."""
+    shipped = SHIPPED / name
+    if path != default or Path(path).exists() or not shipped.exists():
+        return path
+    processes.main_only(print)(f"there is no run in {path}: taking the shipped weights, {shipped}")
+    return str(shipped)

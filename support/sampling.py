@@ -8,14 +8,13 @@ count, to rounding: libraries choose their kernels by the batch size.
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import diffusion
-import distributed
-from data import to_uint8
-from randomness import image_noise
+from support import networks, processes
+from support.data import to_uint8
+from support.randomness import image_noise
 
 
-def evaluations(state, num_steps, guidance):
+def evaluations(state, num_steps, cfg):
     """Network evaluations per image (NFE): a student's one per noise level, or the 2 n - 1 of n Heun steps.
 
     Where there is guidance (keyword arguments of diffusion.guided), those of the teacher without a class and those of
@@ -30,25 +29,25 @@ def evaluations(state, num_steps, guidance):
         return x_t
 
     total = 0
-    denoise = diffusion.guided(count, **dict(guidance, guide=count))
+    denoise = diffusion.guided(count, **dict(cfg, guide=count))
     diffusion.heun_sample(denoise, torch.zeros(1), torch.zeros(1), num_steps, state["sigma_min"], state["sigma_max"])
     return total
 
 
-def sampler(state, device, num_steps=18, guidance=None, compile=False):
+def sampler(state, device, num_steps=18, cfg=None, compile=False):
     """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, by its averaged weights.
 
     A student makes an image in the steps that it was trained for, one as a rule (renoise as in few_step_sample); a
-    teacher in num_steps steps of Heun's method, guided as the keyword arguments of diffusion.guided in guidance say.
+    teacher in num_steps steps of Heun's method, guided as the keyword arguments of diffusion.guided in cfg say.
     """
-    net, guidance = checkpoint.ema_model(state, device), guidance or {}
-    for network in filter(None, (net, guidance.get("guide"))):
+    net, cfg = networks.averaged(state, device), cfg or {}
+    for network in filter(None, (net, cfg.get("guide"))):
         if compile:
             network.compile(dynamic=False)          # a smaller last batch: a second graph, no slower one for all
     if state["kind"] == "student":
         sigmas = state["denoising_sigmas"]
         return torch.no_grad()(lambda z, labels, renoise: diffusion.few_step_sample(net, z, labels, sigmas, renoise))
-    denoise = diffusion.guided(net, **guidance)
+    denoise = diffusion.guided(net, **cfg)
     schedule = num_steps, state["sigma_min"], state["sigma_max"]
     return lambda z, labels, renoise: diffusion.heun_sample(denoise, z, labels, *schedule)
 
@@ -59,9 +58,9 @@ def generate(sample, seed, labels, batch_size, device, bar=False):
     Several processes make a batch each in turn and all get all images: the batches are those of one process.
     """
     images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
-    progress = tqdm(total=len(labels), unit="image", disable=not (bar and distributed.MAIN))
+    progress = tqdm(total=len(labels), unit="image", disable=not (bar and processes.MAIN))
     starts = range(0, len(labels), batch_size)
-    for start in starts[distributed.RANK :: distributed.WORLD]:
+    for start in starts[processes.RANK :: processes.WORLD]:
         batch = labels[start : start + batch_size]
         indices = range(start, start + len(batch))
 
@@ -69,6 +68,6 @@ def generate(sample, seed, labels, batch_size, device, bar=False):
             return image_noise(seed, indices, draw).to(device, memory_format=torch.channels_last)
 
         images[start : start + len(batch)] = to_uint8(sample(noise(0), batch.to(device), renoise=noise)).cpu()
-        progress.update(min(distributed.WORLD * len(batch), len(labels) - progress.n))
+        progress.update(min(processes.WORLD * len(batch), len(labels) - progress.n))
     progress.close()
-    return distributed.sum_on_host(images)          # each was made once, and is zero elsewhere
+    return processes.sum_on_host(images)          # each was made once, and is zero elsewhere

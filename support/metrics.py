@@ -7,13 +7,8 @@
 
 import contextlib
 import hashlib
-import io
-import json
 import os
-import re
 import sys
-import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +19,13 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import distributed
-import runtime
-import sampling
-from data import DataError
+from support import hardware
+from support.archive import without_pickles
+from support.data import DataError
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 KID_SUBSET = 1000
-VALIDATION_NEIGHBOURS = 10_000                      # real images that precision and recall look at during a training
 
 
 class MetricsError(DataError):
@@ -54,7 +47,7 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images, batch_size=250):
         """uint8 [N, 3, 32, 32] -> features float32 [N, D] and logits [N, K] or None, on the CPU."""
-        with runtime.full_float32(self.device):     # within a training, too: as those of the cached reference
+        with hardware.full_float32(self.device):     # within a training, too: as those of the cached reference
             parts = [self.network(batch.to(self.device)) for batch in images.split(batch_size)]
         features = torch.cat([features.float().cpu() for features, _ in parts])
         logits = None if parts[0][1] is None else torch.cat([logits.float().cpu() for _, logits in parts])
@@ -116,43 +109,7 @@ def exported(path, device):
     return Extractor("FD", hashlib.sha256(content).hexdigest(), network, device)
 
 
-# What torch.export.save writes into its archive where all that a program holds are tensors.
-MEMBERS = re.compile(
-    r"data/(weights/(weight_\d+|model_weights_config\.json)|constants/(tensor_\d+|model_constants_config\.json)"
-    r"|sample_inputs/model\.pt)|models/model\.json|archive_format|archive_version|byteorder|\.data/\w+"
-)
-
-
-def without_pickles(content):
-    """A copy of the archive that torch.export.load cannot unpickle anything from, to be loaded in its place.
-
-    Its reader unpickles in half a dozen places (objects among the constants, members of older formats, compiled
-    code): so known members are let through, and known entries, instead of looking for bad ones.
-
-    Raises:
-        ValueError: there is something else in it.
-    """
-    members = {}
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for name in archive.namelist():
-            member = name.partition("/")[2]
-            if not MEMBERS.fullmatch(member):
-                raise ValueError(f"{name} in it is not what torch >= 2.9 saves of a program and its tensors")
-            members[member] = archive.read(name)
-    for kind in ("weights", "constants"):
-        for entry in json.loads(members[f"data/{kind}/model_{kind}_config.json"])["config"].values():
-            if entry["use_pickle"] is not False or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
-                raise ValueError("it holds pickled objects")
-    torch.load(io.BytesIO(members["data/sample_inputs/model.pt"]), weights_only=True)
-    copy = io.BytesIO()
-    with zipfile.ZipFile(copy, "w") as archive:
-        for member, data in members.items():
-            archive.writestr(f"archive/{member}", data)
-    copy.seek(0)
-    return copy
-
-
-def some(features, most, seed=0):
+def at_most(features, most, seed=0):
     """At most so many of the rows, drawn without order kept."""
     if most is None or len(features) <= most:
         return features
@@ -209,7 +166,7 @@ def distances(images, labels, real, extractor, neighbours=None):
     subset = min(KID_SUBSET, len(one), len(two))
     kid = kid_features_to_metric(one, two, kid_subset_size=subset, verbose=False)
     values["kid"] = kid["kernel_inception_distance_mean"]
-    one, two = some(one, neighbours), some(two, neighbours)
+    one, two = at_most(one, neighbours), at_most(two, neighbours)
     manifold = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
     values.update(precision=manifold["precision"], recall=manifold["recall"])
     if extractor.name == "FID":
@@ -217,51 +174,3 @@ def distances(images, labels, real, extractor, neighbours=None):
     elif logits is not None and labels is not None:
         values["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     return values
-
-
-class Validation:
-    """Measures a network while it is trained: always the same noise, as many images of each class.
-
-    Not the noise of evaluate.py at the same seed: a checkpoint chosen by its distance on some images must be measured
-    on others.
-
-    Args:
-        dataset: the real images.
-        num_images: generated ones per measurement; fewer than evaluate.py's least are for following one run only.
-    """
-
-    def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
-        self.extractor, self.seed, self.device = extractor, seed + 2**20, device
-        self.labels = torch.arange(num_images) % len(dataset.classes)
-        self.real = distributed.main_only(reference)(dataset.images, extractor, cache_dir)
-        self.key = f"{extractor.name.lower()}@{num_images}"
-        self.of = f"{self.key} in {extractor.identity}"         # distances of another kind do not compare
-
-    def __call__(self, sample):
-        """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""
-        images = sampling.generate(sample, self.seed, self.labels, 250, self.device)
-        values = distributed.from_main(
-            distances, images, self.labels, self.real, self.extractor, VALIDATION_NEIGHBOURS
-        )
-        return {f"{name}@{len(images)}": value for name, value in values.items()}
-
-    def compare(self, emas, draw, best, step):
-        """Measure each average of a network.
-
-        Args:
-            emas: checkpoint.EMAs.
-            draw: (net, z, labels, renoise) -> images.
-            best: dict(distance, step, ema_decay, measured) of the least distance so far, which is updated.
-
-        Returns:
-            what to log, a dict of floats; and the average that is the best so far, None if that was an earlier one.
-        """
-        values, better = {}, None
-        for ema in emas:
-            measured = self(partial(draw, ema.module))
-            values.update({name + ema.suffix: value for name, value in measured.items()})
-            if measured[self.key] < best["distance"]:
-                better = ema
-                best.update(distance=measured[self.key], step=step, ema_decay=ema.decay)
-        best["measured"] = step
-        return values, better

@@ -1,0 +1,111 @@
+"""Device and precision: where the networks run, and in what arithmetic."""
+
+import contextlib
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support import processes
+from support.errors import UsageError
+
+
+def start(args):
+    """The device of --device, once all processes of a run are there: what they check before is not yet changed."""
+    try:
+        picked = pick_device(args.device, args.precision)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from error
+    processes.start()
+    return picked
+
+
+def pick_device(name, precision="auto"):
+    """The torch.device for --device; "auto" prefers CUDA, and of several GPUs the one of this process.
+
+    Raises ValueError if it is not there.
+
+    Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and of cuDNN's
+    algorithms only those that give the same result each time, which an exact resume needs. On a GPU it may not be
+    enough for one: what --compile makes of an embedding's backward adds with atomics, in no fixed order.
+    Attention takes the plain products for the same reason: the fused kernels' backward need not repeat itself, and 16
+    tokens gain nothing by them.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.WORLD > 1 and name.startswith("cuda"):
+        if name != "cuda" or torch.cuda.device_count() < processes.LOCAL_WORLD:
+            found = f"{torch.cuda.device_count()} GPUs for {processes.LOCAL_WORLD} processes"
+            raise ValueError(f"{name!r} with torchrun: {found}, of which each takes its own of --device cuda")
+        name = f"cuda:{processes.LOCAL_RANK}"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose auto, cpu, cuda, cuda:N or mps")
+        torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)           # events and collectives go by the current one
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    allow_tf32(precision != "fp32")
+    torch.backends.cudnn.deterministic = True
+    for fused in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
+    return device
+
+
+def allow_tf32(allowed):
+    """Whether the float32 products and convolutions of this process may round their factors to TF32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Context of what must not depend on --precision: no bf16, no TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    allow_tf32(False)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        allow_tf32(before)
+
+
+def has_fast_bf16(device):
+    """Whether bf16 is computed in hardware; emulated it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def uses_bf16(device, precision):
+    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+
+
+def autocast(device, precision):
+    """Context in which networks run: precision is "bf16", "tf32", "fp32" or "auto" (bf16 where it is fast)."""
+    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(device, precision) else contextlib.nullcontext()
+
+
+def peak_memory_mib(device):
+    """Peak memory of this process so far, MiB: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def environment(device):
+    """What a number may depend on beside the code: a dict for a JSON of results."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    return dict(hardware=name, threads=torch.get_num_threads(), processes=processes.WORLD, versions=versions)

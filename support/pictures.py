@@ -1,0 +1,23 @@
+"""Grids of images."""
+
+import torch
+from torchvision.utils import make_grid
+
+from support.data import to_uint8
+
+MAX_ROWS = 16                                       # classes shown in the grids of a run
+
+
+def class_grid(images, rows):
+    """A picture, float [3, H, W] in [0, 1], of images [N, 3, 32, 32] in [-1, 1]; row r shows images r, r + rows, ..."""
+    blank = -torch.ones(-len(images) % rows, *images.shape[1:])
+    images = torch.cat([images.cpu().float(), blank])                               # [rows * columns, 3, 32, 32]
+    columns = len(images) // rows
+    images = images.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    return make_grid(to_uint8(images).float() / 255, nrow=columns, padding=2, pad_value=0.5)
+
+
+def side_by_side(*pictures):
+    """Pictures of one height, float [3, H, W], with a gap between each two."""
+    gap = torch.ones(3, pictures[0].shape[1], 8)
+    return torch.cat([part for picture in pictures for part in (gap, picture)][1:], dim=2)

@@ -1,0 +1,95 @@
+"""Teachers and their guides: which checkpoints the flags mean, and what is checked about them."""
+
+import sys
+from pathlib import Path
+
+from support import checkpoint, networks, processes, resume
+from support.errors import UsageError
+
+
+def load(args, state):
+    """The teacher that train.py distils, checked against the flags: --teacher, or what a resumed run holds of it.
+
+    Args:
+        args: the flags of train.py.
+        state: the checkpoint that the run goes on from, or None.
+
+    Returns:
+        source: the teacher's loaded checkpoint, or the run's own.
+        teacher: its averaged network; of a resumed run one whose weights are still to be loaded.
+        guide: the weaker teacher of --autoguidance_scale likewise, or None.
+
+    Raises:
+        UsageError, CheckpointError: the flags ask for what this teacher or this run cannot do.
+    """
+    source = state or checkpoint.load(args.teacher, kind="teacher")
+    for name in ("sigma_min", "sigma_max"):
+        if source[name] != getattr(args, name):
+            raise UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
+    check_cfg(args, source)
+    with resume.restoring(args.run_dir if state else args.teacher):
+        teacher = networks.averaged(source)
+        guide = networks.rebuild(source["guide_config"]) if source.get("guide_config") else None
+    if state:
+        if args.autoguidance_scale != 1 and guide is None:
+            raise UsageError("--autoguidance_scale cannot begin in a resumed run: it was begun without a guide")
+        if (args.gen_cls_loss_weight > 0) != (source["settings"].get("gen_cls_loss_weight", 0) > 0):
+            raise UsageError("--gen_cls_loss_weight cannot turn the GAN on or off in a resumed run")
+        return source, teacher, guide
+    if checkpoint.find(args.teacher).resolve().parent == Path(args.run_dir).resolve():
+        raise UsageError(f"--run_dir {args.run_dir} is the teacher's own folder")
+    planned = source.get("settings", {}).get("steps", 0)
+    if source["step"] < planned and processes.MAIN:
+        print(f"note: the teacher is of step {source['step']} of {planned}", file=sys.stderr)
+    return source, teacher, load_guide(args, source, args.teacher, "cpu")
+
+
+def sampling_cfg(args, state, device):
+    """Keyword arguments of diffusion.guided for a checkpoint that is sampled, from the flags of add_cfg.
+
+    Raises UsageError if these ask for nothing, or for what the checkpoint cannot do.
+    """
+    scales = dict(cfg_scale=args.cfg_scale, autoguidance_scale=args.autoguidance_scale)
+    for name, scale in scales.items():
+        if scale != 1 and state["kind"] == "student":
+            raise UsageError(f"--{name} is for teachers: a student keeps the guidance that it was distilled with")
+    if args.cfg_interval and set(scales.values()) == {1}:
+        raise UsageError("--cfg_interval needs a --cfg_scale or --autoguidance_scale other than 1")
+    if args.guide and args.autoguidance_scale == 1:
+        raise UsageError("--guide needs an --autoguidance_scale other than 1")
+    check_cfg(args, state)
+    return dict(scales, cfg_interval=args.cfg_interval, guide=load_guide(args, state, args.checkpoint, device))
+
+
+def guide_path(args, teacher):
+    """Where the weaker teacher is that --autoguidance_scale asks for, or None where it asks for none."""
+    if args.autoguidance_scale == 1:
+        return None
+    return args.guide or checkpoint.find(teacher).with_name(checkpoint.GUIDE)
+
+
+def load_guide(args, state, teacher, device):
+    """The network at guide_path, for the teacher at a path with this state; None where there is none.
+
+    Raises:
+        UsageError: it has other classes.
+        CheckpointError: there is no teacher.
+    """
+    path = guide_path(args, teacher)
+    if path is None:
+        return None
+    if not args.guide and not path.exists():
+        raise UsageError(f"--autoguidance_scale needs a weaker teacher, and there is no {path}: give --guide, or 1")
+    guide = checkpoint.load(path, kind="teacher")
+    if guide["classes"] != state["classes"]:
+        raise UsageError(f"the classes of --guide {path} are not those of the teacher")
+    with resume.restoring(path):
+        return networks.averaged(guide, device)
+
+
+def check_cfg(args, state):
+    """Raises UsageError if --cfg_scale or --cfg_interval ask for what the checkpoint's network cannot do."""
+    if args.cfg_interval and args.cfg_interval[0] >= args.cfg_interval[1]:
+        raise UsageError("--cfg_interval {} {}: the first is not below the second".format(*args.cfg_interval))
+    if args.cfg_scale != 1 and not state.get("label_dropout"):
+        raise UsageError(f"--cfg_scale {args.cfg_scale} needs a teacher trained with --label_dropout above 0")
