@@ -111,7 +111,7 @@ class EDMUNet(Denoiser):
                 c_in, c = c, model_channels * mult
                 self.enc[f"{size}x{size}_block{i}"] = Block(c_in, c, emb, attention=size in attn_resolutions)
                 skips.append(c)
-        self.bottleneck_channels = c
+        self.bottleneck_channels, self.bottleneck_size = c, sizes[-1]
         for size, mult in reversed(list(zip(sizes, channel_mult, strict=True))):
             if size == sizes[-1]:
                 self.dec[f"{size}x{size}_in0"] = Block(c, c, emb, attention=True)

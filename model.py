@@ -68,7 +68,7 @@ class Denoiser(nn.Module):
     """EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1) around a raw network.
 
     A subclass has network(x, c_noise, labels, return_bottleneck), and sets sigma_data, config (the arguments that make
-    it again), label_dim and bottleneck_channels.
+    it again), label_dim, and what the bottleneck has: bottleneck_channels at bottleneck_size x bottleneck_size pixels.
     """
 
     def forward(self, x, sigma, labels, return_bottleneck=False):
@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
             return_bottleneck: return the bottleneck features instead, without running the way up.
 
         Returns:
-            x0_hat, float32 [B, 3, 32, 32]; or the features [B, bottleneck_channels, h, w].
+            x0_hat, float32 [B, 3, 32, 32]; or the features [B, bottleneck_channels, bottleneck_size, bottleneck_size].
 
         Raises:
             ValueError: sigma has neither one element nor one per image.
@@ -131,7 +131,7 @@ class SimpleUNet(Denoiser):
         self.sigma_embedding = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(label_dim, emb)
 
-        self.bottleneck_channels = width[-1]
+        self.bottleneck_channels, self.bottleneck_size = width[-1], IMAGE_SIZE // 2**LEVELS
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import diffusion
 from model import SimpleUNet
-from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, validation
+from support import checkpoint, data, errors, flags, hardware, networks, pictures, processes, resume, validation
 from support.ema import EMA
 from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
@@ -93,8 +93,9 @@ def main(argv=None):
     def describe():
         """What sampling, distillation and autoguidance need of the teacher."""
         return dict(
-            kind="teacher", classes=dataset.classes, model_config=net.config, model_ema=ema.module.state_dict(),
-            ema_decay=ema.decay, sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=args.label_dropout,
+            kind="teacher", classes=dataset.classes, model_config=networks.described(net),
+            model_ema=ema.module.state_dict(), ema_decay=ema.decay, label_dropout=args.label_dropout,
+            sigma_min=args.sigma_min, sigma_max=args.sigma_max,
         )
 
     def sample(z, labels, renoise=None):

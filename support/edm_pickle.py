@@ -1,5 +1,6 @@
 """EDM's published networks (Karras et al. 2022, arXiv 2206.00364), read without running anything that is in the file.
 
+    state = edm_pickle.teacher("edm-cifar10-32x32-cond-vp.pkl")     # as checkpoint.load gives a teacher
     config, weights = edm_pickle.read("edm-cifar10-32x32-cond-vp.pkl")
     EDMUNet(**config).load_state_dict(weights)
 
@@ -17,6 +18,7 @@ import pickletools
 
 import torch
 
+from diffusion import SIGMA_MAX, SIGMA_MIN
 from edm_unet import EDMUNet
 
 # Ten times what the published files have. Each may cost a hundred times its own size; and Python's stack is too short
@@ -32,7 +34,8 @@ FIXED = dict(
     channel_mult_noise=1, resample_filter=[1, 1], label_dropout=0, use_fp16=False, img_resolution=32, img_channels=3,
     sigma_min=0, sigma_max=float("inf"), sigma_data=0.5,
 )
-CLASSES = "SongUNet", "PositionalEmbedding", "Linear", "Conv2d", "GroupNorm", "UNetBlock", "ModuleDict"
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+MODULES = "SongUNet", "PositionalEmbedding", "Linear", "Conv2d", "GroupNorm", "UNetBlock", "ModuleDict"
 
 
 class Refused(Exception):
@@ -89,6 +92,21 @@ class Unpickler(pickle.Unpickler):
         return GLOBALS[f"{module}.{name}"]
 
 
+def teacher(path):
+    """The network in a file as a teacher's checkpoint; raises what read raises.
+
+    The file names no classes: ten are taken to be CIFAR-10's. Without any there is one that has no name, and its label
+    says nothing.
+    """
+    config, weights = read(path)
+    classes = {0: [""], 10: CIFAR10}.get(config["label_dim"])
+    return dict(
+        kind="teacher", step=0, model_config=dict(config, network="EDMUNet"), model_ema=weights, label_dropout=0.0,
+        classes=classes or [str(label) for label in range(config["label_dim"])],
+        sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, settings=dict(dataset="cifar10") if classes else {},
+    )
+
+
 def read(path):
     """The network in a file: EDMUNet's arguments, and its state, float32.
 
@@ -105,10 +123,14 @@ def read(path):
         expect(class_name, "EDMPrecond", "class")
         model = state["_modules"]["model"]
         expect(described(model)[0], "SongUNet", "class")
-        config = configuration(state)
+        arguments = configuration(state)
         found = {name: tensor for name, tensor in tensors(model) if name != "map_augment.weight"}
-        check_shapes(found, config, os.path.getsize(path))
-        return config, {name: materialise(tensor) for name, tensor in found.items()}
+        if arguments.get("num_blocks", 1) > len(found):         # or it would be built without end
+            raise Refused(f"it holds {len(found)} tensors, too few for its num_blocks")
+        with torch.device("meta"):
+            net = EDMUNet(**arguments)
+        check_shapes(found, net, os.path.getsize(path))
+        return net.config, {name: materialise(tensor) for name, tensor in found.items()}
     except (OSError, Refused):
         raise
     except Exception as error:                      # many types, as a damaged file can break any line above
@@ -155,7 +177,7 @@ def configuration(state):
 def tensors(module, prefix=""):
     """Names and Tensors of a module and of those inside it; without the constants of EDM's resampling filters."""
     class_name, state = described(module)
-    if class_name not in CLASSES:
+    if class_name not in MODULES:
         raise Refused(f"its network has a module of class {class_name!r:.60}, which EDMUNet has not")
     for name, value in (state["_parameters"] | state["_buffers"]).items():
         if value is not None and name != "resample_filter":
@@ -164,12 +186,9 @@ def tensors(module, prefix=""):
         yield from tensors(inner, f"{prefix}{name}.")
 
 
-def check_shapes(found, config, file_size):
-    """Raise Refused unless the Tensors are those of the EDMUNet of these arguments, and fit into the file."""
-    if config.get("num_blocks", 1) > len(found):    # a network without end, before it is built
-        raise Refused(f"it holds {len(found)} tensors, too few for its num_blocks")
-    with torch.device("meta"):
-        wanted = {name: tuple(value.shape) for name, value in EDMUNet(**config).state_dict().items()}
+def check_shapes(found, net, file_size):
+    """Raise Refused unless the Tensors are those of this network, and fit into the file."""
+    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     shapes = {name: tuple(tensor.args[2]) for name, tensor in found.items()}
     wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
     if wrong:
