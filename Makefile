@@ -43,8 +43,8 @@ test: .venv/requirements-test.txt
 
 # Hours: kills at random moments, an hour of training, every accepted value of every flag.
 stress: .venv/requirements-test.txt
-	$(RUN) tests/stress.py kills
-	$(RUN) tests/stress.py hour
+	$(RUN) tests/stress/stress.py kills
+	$(RUN) tests/stress/stress.py hour
 	DMD2_RUNS_PER_FLAG=1000 $(RUN) -m pytest -q tests/test_flags.py
 
 lint: .venv/requirements-test.txt

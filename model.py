@@ -165,7 +165,7 @@ class SimpleUNet(Denoiser):
         skips = []
         for blocks in self.down:
             # Halving before a level's blocks gave the same loss per step as after them, in half the time
-            # (results/architecture.json).
+            # (docs/tuning.md).
             h = F.avg_pool2d(h, 2)
             for block in blocks:
                 h = block(h, emb)

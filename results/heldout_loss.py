@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import cli
-import diffusion
 import records
 from data import to_float
 from randomness import image_noise
 from runtime import autocast
+
+import diffusion
 
 SIGMAS = (0.05, 0.15, 0.4, 1.0, 2.5, 8.0)
 IMAGES = 1000

@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
     as large as Adam's on average and one learning rate does for both.
 
     torch.optim.Muon takes matrices alone, and computes in bf16 on any machine: by the product that torch has for CPUs
-    without bf16, a step took 34 times as long as in float32 (results/cifar10_tuning.md).
+    without bf16, a step took 34 times as long as in float32 (docs/tuning.md).
 
     Args:
         groups: as for any optimizer of torch, of weights [out, in, h, w].
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups, bf16):
         super().__init__(groups, dict(lr=0.0))
         dtype = torch.bfloat16 if bf16 else torch.float32
-        # Replayed, as launching these small products one by one took a third of a step on an H100 (results/README.md).
+        # Replayed, as launching these small products one by one took a third of a step on an H100 (docs/tuning.md).
         self.directions = [
             Replayed(lambda updates: [direction(update, dtype) for update in updates]) for _ in self.param_groups
         ]

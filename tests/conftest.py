@@ -32,10 +32,10 @@ def handlers():
 
 def call(script, *argv):
     """Exit code of `python script.py argv`, in this process."""
-    import cli
+    from support import errors
 
     with pytest.raises(SystemExit) as exit_info:
-        cli.run(lambda: script.main(list(argv)))
+        errors.run(lambda: script.main(list(argv)))
     return exit_info.value.code or 0
 
 

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-import checkpoint
 from model import SimpleUNet
+from support import checkpoint, networks
+from support.ema import EMA
 
 
 def teacher_state(channels=8):
@@ -21,7 +22,7 @@ def test_a_saved_model_comes_back_from_its_file_or_folder(tmp_path):
     state = teacher_state()
     checkpoint.save(tmp_path / "checkpoint.pt", state)
     for path in (tmp_path, tmp_path / "checkpoint.pt"):
-        net = checkpoint.ema_model(checkpoint.load(path, kind="teacher"))
+        net = networks.averaged(checkpoint.load(path, kind="teacher"))
         for name, tensor in net.state_dict().items():
             assert torch.equal(tensor, state["model_ema"][name])
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
@@ -151,7 +152,7 @@ def test_fields_that_cannot_be_are_refused(tmp_path, key, value):
 def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
     net = torch.nn.Linear(1, 1, bias=False)
     net.register_buffer("count", torch.zeros(()))
-    ema, expected = checkpoint.EMA(net, decay=0.9), net.weight.item()
+    ema, expected = EMA(net, decay=0.9), net.weight.item()
     for n in range(200):
         with torch.no_grad():
             net.weight.fill_(float(n % 7))
@@ -161,19 +162,3 @@ def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
         expected = decay * expected + (1 - decay) * (n % 7)
     assert ema.module.weight.item() == pytest.approx(expected, rel=1e-4)
     assert not ema.module.weight.requires_grad and ema.module.count == 200
-
-
-def test_averages_resume_by_their_decay_and_a_new_one_from_the_first():
-    net = torch.nn.Linear(1, 1)
-    emas = checkpoint.EMAs(net, [0.6, 0.3, 0.0])
-    for value in range(40):
-        torch.nn.init.constant_(net.weight, float(value))
-        emas.update(net)
-    weights = {ema.decay: ema.module.weight.item() for ema in emas}
-    assert weights[0.6] < weights[0.3] < weights[0.0] == 39         # the longer the horizon, the older
-    resumed = checkpoint.EMAs(net, [0.3, 0.9, 0.6])
-    resumed.load(dict(emas=emas.state()))
-    assert [ema.module.weight.item() for ema in resumed] == [weights[0.3], weights[0.6], weights[0.6]]
-    assert [ema.suffix for ema in resumed] == ["", "_ema_0.9", "_ema_0.6"]
-    assert all(ema.n_averaged.item() == 40 for ema in resumed)
-    assert [ema.decay for ema in checkpoint.EMAs(net, [0.3, 0.6, 0.3])] == [0.3, 0.6]

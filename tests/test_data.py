@@ -9,8 +9,7 @@ import torch
 from conftest import image_tree
 from PIL import Image
 
-import data
-import shapes
+from support import data, shapes
 
 
 def test_float_and_uint8_are_inverse():

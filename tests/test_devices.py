@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from conftest import DEVICES, TINY, call, teacher_flags
 
-import checkpoint
 import sample
 import train
 import train0
+from support import checkpoint
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -18,9 +18,9 @@ def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, tre
     first = ["--run_dir", a, "--label_dropout", "0.5", "--precision", "bf16", *measured, *there]
     assert call(train0, *teacher_flags(tree), *first, "--steps", "2") == 0
     every_loss = ["--gen_cls_loss_weight", "1e-2", "--f_div", "js", "--max_step_percent", "1"]
-    every_loss += ["--guidance_scale", "2", "--guidance_interval", "0.1", "10", "--fake_noise", "dm"]
+    every_loss += ["--cfg_scale", "2", "--cfg_interval", "0.1", "10", "--fake_noise", "dm"]
     every_loss += ["--autoguidance_scale", "2"]
-    second = ["--teacher", a, "--run_dir", b, "--num_denoising_steps", "2", "--more_ema_decays", "0", *every_loss]
+    second = ["--teacher", a, "--run_dir", b, "--num_denoising_steps", "2", *every_loss]
     assert call(train, *TINY, *second, *measured, *there, "--steps", "2") == 0
     assert call(train, "--run_dir", b, "--resume", "--steps", "4", *there) == 0
     assert checkpoint.load(b)["step"] == 4 and checkpoint.load(tmp_path / "b" / "best.pt")["best"]["distance"] > 0

@@ -4,7 +4,7 @@ import torch
 from conftest import GaussianDenoiser
 
 import diffusion
-import sampling
+from support import sampling
 
 
 def test_karras_schedule():
@@ -151,7 +151,7 @@ def test_guidance_costs_further_evaluations_only_in_its_interval():
         (4.0, 2.0, within, 55),
     ):
         seen.clear()
-        guidance = dict(guidance_scale=w, guidance_interval=interval, guide=weaker, autoguidance_scale=v)
+        guidance = dict(cfg_scale=w, cfg_interval=interval, guide=weaker, autoguidance_scale=v)
         diffusion.heun_sample(diffusion.guided(denoise, **guidance), torch.zeros(1, 3, 2, 2), torch.ones(1).long())
         assert len(seen) == wanted == sampling.evaluations(state, 18, guidance)
         more = {sigma for sigma, asked in seen if asked in (-1, "weaker")}

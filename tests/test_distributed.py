@@ -13,13 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, call
 
-import checkpoint
-import data
 import evaluate
 import sample
 import train
 import train0
-from randomness import StepRandom
+from support import checkpoint, data
+from support.randomness import StepRandom
 
 FP32 = [*TINY, "--precision", "fp32", "--sample_every", "2", "--save_every", "2"]
 TEACHER = ["--dataset", "shapes", "--channels", "8", *FP32]
@@ -44,7 +43,7 @@ def ended():
 
 def torchrun(*argv):
     """A torchrun of two processes, started."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
+    command = [sys.executable, "-m", "torch.processes.run", "--standalone", "--nproc_per_node=2", *argv]
     STARTED.append(subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ))
@@ -150,19 +149,21 @@ def test_processes_that_drift_apart_are_stopped(tmp_path):
     script = tmp_path / "drift.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, cli, distributed
+import torch
+from support import errors, processes
 def main():
-    distributed.start()
+    processes.start()
     net = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(net.weight, 1), torch.nn.init.constant_(net.bias, 0)
-    distributed.check_same(net)
-    net.weight.data[0, 0] += distributed.RANK * 1e-7
-    distributed.check_same(net)
-cli.run(main)
+    assert processes.same(net)
+    net.weight.data[0, 0] += processes.RANK * 1e-7
+    if not processes.same(net):
+        raise errors.RunError("they differ")
+errors.run(main)
 """)
     process = torchrun(str(script))
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "the processes hold different weights: stopped" in out
+    assert process.returncode == 1 and "process 1 of 2: they differ" in out
 
 
 def wait_for(path, process):

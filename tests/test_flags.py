@@ -14,19 +14,16 @@ from conftest import ROOT, call, teacher_flags
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import benchmark
-import cli
-import data
 import evaluate
-import features as features_script
-import records
 import sample
 import train
 import train0
+from support import data, errors, flags, records
+from tools import benchmark, features
 
 RUNS_PER_FLAG = int(os.environ.get("DMD2_RUNS_PER_FLAG", 0))
 SCRIPTS = {
-    script.__name__: script for script in (train0, train, sample, evaluate, benchmark, features_script)
+    script.__name__.removeprefix("tools."): script for script in (train0, train, sample, evaluate, benchmark, features)
 }
 HOSTILE = (
     "nan", "inf", "-inf", "-1", "0", "-0.0", "1", "0.5", "1e-320", "1e300", "1e999", "1.5.", "1,5", "0x10", "1_0", "",
@@ -47,19 +44,19 @@ def parser_of(script):
     class Seen(Exception):
         pass
 
-    class Recording(cli.Parser):
+    class Recording(flags.Parser):
         def parse_args(self, *_):
             made.append(self)
             raise Seen
 
     with pytest.MonkeyPatch.context() as patch, suppress(Seen):
-        patch.setattr(cli, "Parser", Recording)
+        patch.setattr(flags, "Parser", Recording)
         script.parse_args([])
     return made[0]
 
 
 FLAGS = [
-    (name, action.option_strings[0], action.type is cli.path)
+    (name, action.option_strings[0], action.type is flags.path)
     for name, script in SCRIPTS.items() for action in parser_of(script)._actions
     if action.option_strings and action.nargs != 0
 ]
@@ -125,7 +122,7 @@ def test_a_flag_is_refused_in_one_line_or_works(name, flag, is_path, place, caps
         argv = [*base[name], f"{flag}={value}"]
         try:
             script.parse_args(argv)
-        except cli.UsageError:
+        except errors.UsageError:
             pass
         else:
             if is_path and not Path(value).resolve().is_relative_to(folder):

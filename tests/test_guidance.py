@@ -6,7 +6,7 @@ from torch import nn
 from diffusion import karras_sigmas, karras_weight
 from guidance import GuidanceModel
 from model import SimpleUNet
-from randomness import StepRandom
+from support.randomness import StepRandom
 from unified_model import UnifiedModel
 
 LABELS = torch.arange(4)
@@ -311,7 +311,7 @@ def test_another_divergence_needs_the_gan():
         GuidanceModel(small_net(), f_div="kl")
 
 
-def test_guidance_scale_is_for_the_real_score_alone():
+def test_cfg_scale_is_for_the_real_score_alone():
     class ByLabel(GaussianDenoiser):
         """mu where there is a class, 0 where there is none."""
 
@@ -320,13 +320,13 @@ def test_guidance_scale_is_for_the_real_score_alone():
             return (s0**2 * x + sigma**2 * mu) / (s0**2 + sigma**2)
 
     x_gen = images()
-    guided, plain = GuidanceModel(ByLabel(0.3, 0.2), guidance_scale=2.0), GuidanceModel(ByLabel(0.6, 0.2))
+    guided, plain = GuidanceModel(ByLabel(0.3, 0.2), cfg_scale=2.0), GuidanceModel(ByLabel(0.6, 0.2))
     plain.fake_unet = ByLabel(0.3, 0.2)             # uncond + 2 (cond - uncond) = a teacher of mean 2 * 0.3
     grads = [g.compute_distribution_matching_loss(x_gen, LABELS, StepRandom(0, 0))[1]["grad"] for g in (guided, plain)]
     torch.testing.assert_close(*grads)
 
     def grad(step, scale, interval=None):           # at the one noise level of this fraction of the steps
-        model = GuidanceModel(ByLabel(0.3, 0.2), step, step, guidance_scale=scale, guidance_interval=interval)
+        model = GuidanceModel(ByLabel(0.3, 0.2), step, step, cfg_scale=scale, cfg_interval=interval)
         return model.compute_distribution_matching_loss(x_gen, LABELS, StepRandom(0, 0))[1]["grad"]
 
     assert torch.equal(grad(0.5, 2.0, (0.1, 10.0)), grad(0.5, 2.0))                 # at a noise of 2.5

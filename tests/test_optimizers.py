@@ -8,7 +8,7 @@ from torch import nn
 
 from guidance import ClassifierHead
 from model import SimpleUNet
-from optimizers import Muon, Optimizer, orthogonal
+from support.optimizers import Muon, Optimizer, orthogonal
 
 
 def conv(c_in, c_out, size=3):

@@ -204,7 +204,7 @@ STATED = [
     ("a held-out loss of {:.4f} after 9,000 steps, and Adam's of {:.4f} after 32,000; 9,000 steps more bring it "
      "down to {:.4f}", "heldout_loss", ["rows/1/mean", "rows/0/mean", "rows/2/mean"]),
     ("whose distances are smaller, is at {:.4f}", "heldout_loss_make2", ["rows/0/mean"]),
-    *[(f"| `--guidance_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
+    *[(f"| `--cfg_scale {scale}` | {{:.2f}} | {{:.1f}} % | {{:.1f}} % |", CIFAR10, [
         f"guidance/{scale}/curve/-1/fd@2048", *(
             f"% guidance/{scale}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
       for scale in ("1.5", "2", "3")],
@@ -212,7 +212,7 @@ STATED = [
         f"guidance/4, 0.15 to 5{noise}/curve/-1/fd@2048", *(
             f"% guidance/4, 0.15 to 5{noise}/curve/-1/{name}@2048" for name in ("class_accuracy", "recall"))])
       for noise, shown in (
-          ("", "`--guidance_scale 4 --guidance_interval 0.15 5`"),
+          ("", "`--cfg_scale 4 --cfg_interval 0.15 5`"),
           ("; DM noise 0.15 to 0.75", "the same, `--min_step_percent 0.15 --max_step_percent 0.75`"),
           ("; DM noise 0.25 to 0.65", "the same, `--min_step_percent 0.25 --max_step_percent 0.65`"),
           ("; DM noise 0.1 to 0.65", "the same, `--min_step_percent 0.1 --max_step_percent 0.65`"),

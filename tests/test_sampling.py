@@ -4,10 +4,9 @@ import pytest
 import torch
 from test_model import trained_net
 
-import data
 import diffusion
-import sampling
-from randomness import image_noise
+from support import data, sampling
+from support.randomness import image_noise
 
 LABELS, CPU = torch.tensor([1, 0, 1]), torch.device("cpu")
 
@@ -35,9 +34,9 @@ def assert_alike(found, wanted):
 def test_a_teachers_are_those_of_heuns_method_between_its_own_levels(net):
     z, state = image_noise(3, range(3)), state_of(net, "teacher")
     assert_alike(images(state, num_steps=4), diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0))
-    guidance = dict(guidance_scale=3.0, guidance_interval=(0.1, 10))
+    cfg = dict(cfg_scale=3.0, cfg_interval=(0.1, 10))
     wanted = diffusion.heun_sample(diffusion.guided(net, 3.0, (0.1, 10)), z, LABELS, 5, 0.01, 40.0)
-    assert_alike(images(state, num_steps=5, guidance=guidance), wanted)
+    assert_alike(images(state, num_steps=5, cfg=cfg), wanted)
 
 
 def test_a_students_are_those_of_its_levels_with_fresh_noise_before_each(net):

@@ -1,6 +1,7 @@
 """The scripts as a user calls them: a smoke run through all, exact resume, stop signals, and wrong calls."""
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -18,17 +19,14 @@ import torch
 from conftest import ROOT, TINY, call, image_tree, teacher_flags
 from PIL import Image
 
-import benchmark
-import checkpoint
-import cli
 import diffusion
 import evaluate
-import features
-import runtime
 import sample
 import train
 import train0
 from model import SimpleUNet
+from support import checkpoint, data, pictures, processes, run_folder
+from tools import benchmark, features
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +150,7 @@ def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     assert {name: getattr(args, name) for name in wanted} == wanted
     args, _ = train0.parse_args([])
     wanted = dict(
-        p_mean=-1.2, p_std=1.2, sigma_sampling="lognormal", flip=1, sigma_min=0.002, sigma_max=80.0,
+        p_mean=-1.2, p_std=1.2, flip=1, sigma_min=0.002, sigma_max=80.0,
         lr_schedule="cosine",
     )
     assert {name: getattr(args, name) for name in wanted} == wanted
@@ -177,7 +175,7 @@ def interrupted(monkeypatch, script, at_step, signum):
 ])
 def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, decay, optimizer, capsys):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
-    flags = [*teacher_flags(tree), "--ema_decay", decay, "--more_ema_decays", "0.7", "0", "--steps", "7"]
+    flags = [*teacher_flags(tree), "--ema_decay", decay, "--steps", "7"]
     flags += ["--optimizer", optimizer]
     assert call(train0, *flags, "--run_dir", a) == 0
     interrupted(monkeypatch, train0, at_step, signum)
@@ -189,7 +187,7 @@ def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signu
 
 
 EVERYTHING = [
-    "--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2", "--more_ema_decays", "0.7", "0",
+    "--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2",
     "--optimizer", "muon",
 ]
 
@@ -237,7 +235,7 @@ def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(t
         assert [group["lr"] for group in state[f"{name}_optimizer"]["adam"]["param_groups"]] == [rate]
     adam = {name: state[f"{name}_optimizer"]["adam"]["state"] for name in ("generator", "guidance")}
     updates = {name: found[0]["step"].item() for name, found in adam.items()}
-    assert updates == dict(generator=3, guidance=7) and state["emas"][0.999]["n_averaged"].item() == 3
+    assert updates == dict(generator=3, guidance=7) and state["ema"]["n_averaged"].item() == 3
     initial = checkpoint.load(teacher)["model_ema"]
     for name in ("feedforward_model", "guidance_model.fake_unet"):
         assert any(not torch.equal(state["model"][f"{name}.{k}"], v) for k, v in initial.items())
@@ -285,7 +283,7 @@ def test_label_dropout_hides_that_share_of_the_classes(share, tmp_path, tree, mo
 def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, tree, capsys):
     a, b = f"{tmp_path}/a", f"{tmp_path}/b"
     assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "2", "--label_dropout", "0.5") == 0
-    flags = ["--guidance_scale", "1.5", "--num_denoising_steps", "4", "--steps", "2"]
+    flags = ["--cfg_scale", "1.5", "--num_denoising_steps", "4", "--steps", "2"]
     assert call(train, "--teacher", a, "--run_dir", b, *flags, *TINY) == 0
     assert checkpoint.load(b)["denoising_sigmas"] == diffusion.denoising_sigmas(80.0, 4)
     paths = ["--out", f"{tmp_path}/x.png", "--npz", f"{tmp_path}/x.npz", "--device", "cpu"]
@@ -297,20 +295,20 @@ def test_several_steps_and_a_guided_teacher_from_training_to_samples(tmp_path, t
         images.append(np.load(f"{tmp_path}/x.npz")["arr_0"].astype(int))
     assert abs(images[0][:4] - images[1]).max() <= 1                # the noise between steps goes by image as well
     for scale, evaluations in (("0", 6), ("1", 3), ("3", 6)):
-        assert call(sample, "--checkpoint", a, "--guidance_scale", scale, "--num_steps", "2", *paths) == 0
+        assert call(sample, "--checkpoint", a, "--cfg_scale", scale, "--num_steps", "2", *paths) == 0
         assert f" {evaluations} evaluations each" in capsys.readouterr().out
         images.append(np.load(f"{tmp_path}/x.npz")["arr_0"])
     assert not np.array_equal(images[2], images[3]) and not np.array_equal(images[3], images[4])
     for low, high, alike in (("0", "100", 4), ("90", "100", 3)):    # from 80 down: all of it, none of it
-        flags = ["--guidance_scale", "3", "--guidance_interval", low, high, "--num_steps", "2"]
+        flags = ["--cfg_scale", "3", "--cfg_interval", low, high, "--num_steps", "2"]
         assert call(sample, "--checkpoint", a, *flags, *paths) == 0
         assert abs(np.load(f"{tmp_path}/x.npz")["arr_0"] - images[alike].astype(int)).max() <= 1
-    flags = ["--guidance_scale", "3", "--guidance_interval", "0.1", "10", "--steps", "1"]
+    flags = ["--cfg_scale", "3", "--cfg_interval", "0.1", "10", "--steps", "1"]
     assert call(train, "--teacher", a, "--run_dir", f"{tmp_path}/c", *flags, *TINY) == 0
-    assert checkpoint.load(f"{tmp_path}/c")["settings"]["guidance_interval"] == [0.1, 10.0]
+    assert checkpoint.load(f"{tmp_path}/c")["settings"]["cfg_interval"] == [0.1, 10.0]
     capsys.readouterr()
-    assert call(sample, "--checkpoint", b, "--guidance_scale", "2", *paths) == 2         # it would do nothing
-    assert "--guidance_scale is for teachers" in capsys.readouterr().err
+    assert call(sample, "--checkpoint", b, "--cfg_scale", "2", *paths) == 2         # it would do nothing
+    assert "--cfg_scale is for teachers" in capsys.readouterr().err
 
 
 def test_an_early_teacher_guides_the_later_one_from_training_to_samples(tmp_path, tree, capsys, monkeypatch):
@@ -412,7 +410,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
     assert checkpoint.load(run)["step"] == 3 and len(list(Path(run, "tensorboard").iterdir())) == 1
 
     with monkeypatch.context() as patch:            # stopped between the first save and the rest
-        patch.setattr(runtime.RunFolder, "begin", full_disk)
+        patch.setattr(run_folder.RunFolder, "begin", full_disk)
         assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "9", "--overwrite") == 1
     assert checkpoint.load(f"{run}/guide.pt")["step"] == 1
     assert call(train0, "--run_dir", run, "--resume", "--steps", "3", "--guide_at", "0.9") == 0
@@ -444,10 +442,10 @@ def test_a_finished_run_resumes_to_nothing_and_can_be_prolonged(tmp_path, tree):
 def test_the_folder_and_the_mirroring_of_other_images_are_not_taken_over(asked, wanted):
     known = dict(settings=dict(dataset="folder", data_dir="mine", flip=0))
     args = argparse.Namespace(dataset=asked, data_dir=None, flip=None)
-    cli.name_dataset(args, known)
+    data.name_dataset(args, known)
     assert (args.dataset, args.data_dir, args.flip) == wanted
     args = argparse.Namespace(dataset=asked, data_dir="here", flip=1)
-    cli.name_dataset(args, known)
+    data.name_dataset(args, known)
     assert (args.data_dir, args.flip) == ("here", 1)
 
 
@@ -499,8 +497,8 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
     run = str(tmp_path / "a")
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
     before = {path: read(path) for path in tmp_path.rglob("*") if path.is_file()}
-    hold = "import runtime, sys, time; run = sys.argv[1]; r = runtime.RunFolder(run, runtime.stamp(run)); "
-    hold += "print(1, flush=True); time.sleep(600)"
+    hold = "import sys, time; from support import checkpoint, run_folder; run = sys.argv[1]; "
+    hold += "r = run_folder.RunFolder(run, checkpoint.stamp(run)); print(1, flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", hold, run], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"1\n"
@@ -521,14 +519,14 @@ def test_a_save_between_reading_and_locking_the_folder_is_not_lost(flags, tmp_pa
     run, other = str(tmp_path / "a"), str(tmp_path / "b")
     for path in (run, other) if flags else (other,):
         assert call(train0, *teacher_flags(tree), "--run_dir", path, "--steps", "2") == 0
-    load = cli.dataset
+    load = data.from_flags
 
     def meanwhile(*args):                           # another process saves and ends
         os.makedirs(run, exist_ok=True)
         shutil.copy(f"{other}/checkpoint.pt", f"{run}/checkpoint.pt")
         return load(*args)
 
-    monkeypatch.setattr(cli, "dataset", meanwhile)
+    monkeypatch.setattr(data, "from_flags", meanwhile)
     capsys.readouterr()
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "4", *flags) == 2
     assert "another process has saved" in capsys.readouterr().err
@@ -656,7 +654,7 @@ def test_images_depend_on_seed_and_index_alone(tmp_path, teacher):
 def test_without_a_run_the_shipped_weights_are_taken_and_said(tmp_path, teacher, monkeypatch, capsys):
     weights, work = tmp_path / "weights", tmp_path / "work"
     weights.mkdir(), work.mkdir()
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    monkeypatch.setattr(checkpoint, "SHIPPED", weights)
     monkeypatch.chdir(work)
     assert call(sample, "--device", "cpu") == 2                     # none are shipped, none are there
     checkpoint.save(weights / "teacher.pt", checkpoint.slim(checkpoint.load(teacher)))
@@ -713,14 +711,14 @@ WRONG = [
     (train, ["--diffusion_gan_max_timestep", "1001"], "--diffusion_gan_max_timestep"),
     (train, ["--num_denoising_steps", "0"], "--num_denoising_steps"),
     (train, ["--num_denoising_steps", "2", "--conditioning_sigma", "0.001"], "--conditioning_sigma"),
-    (train, ["--teacher", "{teacher}", "--guidance_scale", "2"], "--label_dropout"),
-    (train, ["--teacher", "{teacher}", "--guidance_interval", "2", "2"], "--guidance_interval 2.0 2.0"),
-    (train, ["--guidance_interval", "2"], "--guidance_interval"),
-    (train, ["--guidance_interval", "-1", "2"], "--guidance_interval"),
-    (sample, ["--checkpoint", "{teacher}", "--guidance_interval", "0", "2"], "--guidance_scale"),
+    (train, ["--teacher", "{teacher}", "--cfg_scale", "2"], "--label_dropout"),
+    (train, ["--teacher", "{teacher}", "--cfg_interval", "2", "2"], "--cfg_interval 2.0 2.0"),
+    (train, ["--cfg_interval", "2"], "--cfg_interval"),
+    (train, ["--cfg_interval", "-1", "2"], "--cfg_interval"),
+    (sample, ["--checkpoint", "{teacher}", "--cfg_interval", "0", "2"], "--cfg_scale"),
     (train, ["--teacher", "{teacher}", "--gen_cls_loss_weight", "1", "--dataset", "shapes"], "classes"),
     (train0, ["--dataset", "shapes", "--label_dropout", "1.5"], "--label_dropout"),
-    (sample, ["--checkpoint", "{teacher}", "--guidance_scale", "2"], "--label_dropout"),
+    (sample, ["--checkpoint", "{teacher}", "--cfg_scale", "2"], "--label_dropout"),
     (train0, ["--dataset", "imagenet"], "--dataset"),
     (train0, ["--dataset", "folder", "--data_dir", "{tree}/cat/0.png"], "0.png"),
     (train0, ["--dataset", "shapes", "--device", "meta"], "--device"),
@@ -808,26 +806,76 @@ def test_help_states_every_default(script, capsys):
     assert [entry for entry in entries if "default: " not in " ".join(entry.lower().split())] == []
 
 
+def imports(path):
+    """Files of this project that a file imports, as paths from its root without suffix."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.replace(".", "/") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module.replace(".", "/")
+            found |= {module, *(f"{module}/{alias.name}" for alias in node.names)}
+    return {name for name in found if (ROOT / f"{name}.py").exists()}
+
+
 def test_imports_run_one_way():
-    order = [
-        "train0 train sample evaluate benchmark features", "cli", "metrics",
-        "sampling unified_model", "guidance runtime", "checkpoint records", "data",
-        "model diffusion optimizers randomness shapes distributed",
-    ]
-    rank = {name: i for i, names in enumerate(order) for name in names.split()}
-    files = {path.stem: path.read_text().splitlines() for path in ROOT.glob("*.py")}
-    assert set(files) == set(rank)
-    for name, lines in files.items():
-        for line in lines:
-            words = line.split()
-            if line.startswith(("import ", "from ")) and words[1] in rank:
-                assert rank[words[1]] > rank[name], f"{name}.py: {line}"
+    files = [path for folder in ("", "support", "tools") for path in (ROOT / folder).glob("*.py")]
+    graph = {path.relative_to(ROOT).with_suffix("").as_posix(): imports(path) for path in files}
+    assert {name for name in graph if "/" not in name} >= {"train0", "train", "sample", "evaluate", "unified_model"}
+    scripts = {"train0", "train", "sample", "evaluate"}
+    for name, needed in graph.items():
+        assert not needed & (scripts | {tool for tool in graph if tool.startswith("tools/")}), name
+        if name.startswith("support/"):             # what any training needs knows no loss and no turn
+            assert not needed & {"guidance", "unified_model"}, name
+    while graph:                                    # take away what needs nothing: in the end all, or there is a circle
+        free = {name for name, needed in graph.items() if not needed & set(graph)}
+        assert free, sorted(graph)
+        graph = {name: needed for name, needed in graph.items() if name not in free}
+
+
+@pytest.mark.parametrize("program", ["import sample", "from support import checkpoint, sampling"])
+def test_sampling_needs_neither_a_lock_nor_tensorboard(program):
+    check = f"import sys; {program}; assert not {{'fcntl', 'tensorboard', 'torch_fidelity'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+
+
+def test_processes_whose_weights_differ_stop_and_save_nothing(tmp_path, tree, monkeypatch, capsys):
+    run = str(tmp_path / "a")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
+    before = read(f"{run}/checkpoint.pt")
+    monkeypatch.setattr(processes, "same", lambda *modules: False)
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 1
+    assert "the processes hold different weights: stopped" in capsys.readouterr().err
+    assert read(f"{run}/checkpoint.pt") == before
+
+
+@pytest.mark.parametrize("changed", [{}, dict(sigma_sampling="grid")])
+def test_a_run_of_an_older_version_goes_on_unless_it_used_a_flag_that_is_gone(tmp_path, tree, capsys, changed):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "3") == 0
+    state = checkpoint.load(a)
+
+    def old_name(key):
+        return key.replace("out_block.", "head.")
+
+    for name in ("model", "model_ema", "ema"):
+        state[name] = {old_name(key): value for key, value in state[name].items()}
+    state["emas"] = {0.9995: state.pop("ema")}
+    state["settings"].update(dict(sigma_sampling="lognormal", more_ema_decays=[]) | changed)
+    (tmp_path / "b").mkdir()
+    checkpoint.save(f"{b}/checkpoint.pt", state)
+    resumed = call(train0, "--run_dir", b, "--resume", "--steps", "5", "--device", "cpu")
+    if changed:
+        assert resumed == 2 and "--sigma_sampling grid, a flag that is no more" in capsys.readouterr().err
+        return
+    assert resumed == 0 and call(train0, "--run_dir", a, "--resume", "--steps", "5", "--device", "cpu") == 0
+    assert_same_run(a, b)
 
 
 def test_class_grid_puts_a_class_in_each_row():
     labels = torch.arange(6) % 3                    # images 0..5, 3 rows
     images = (labels.float() / 2 * 2 - 1).reshape(6, 1, 1, 1).expand(6, 3, 32, 32)
-    picture = runtime.class_grid(images, 3)
+    picture = pictures.class_grid(images, 3)
     for row in range(3):
         cells = picture[:, 34 * row + 2 : 34 * row + 34, 2:34]
         torch.testing.assert_close(cells, torch.full_like(cells, row / 2), atol=0.01, rtol=0)

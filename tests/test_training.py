@@ -12,17 +12,15 @@ import torch
 from conftest import call, teacher_flags
 from PIL import Image
 
-import checkpoint
-import data
 import diffusion
-import distributed
 import guidance as guidance_module
-import runtime
 import train
 import train0
 from guidance import GuidanceModel
 from model import SimpleUNet
-from randomness import StepRandom, image_noise
+from support import checkpoint, data, hardware, networks, optimizers, pictures, processes, signals
+from support.meter import Meter
+from support.randomness import StepRandom, image_noise
 from unified_model import UnifiedModel
 
 CPU = torch.device("cpu")
@@ -33,9 +31,9 @@ STEPS += ["--lr_schedule", "cosine", "--ema_decay", "0.2", "--flip", "1"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def photographs(tmp_path_factory):
     """A folder of images that mirroring changes."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for name in ("cat", "dog"):
         (root / name).mkdir()
         for i in range(3):
@@ -44,11 +42,11 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, pictures):
+def teacher(tmp_path_factory, photographs):
     """One that can be guided, and whose network is not zero any more."""
     run = str(tmp_path_factory.mktemp("teacher"))
     flags = ["--steps", "5", "--warmup_steps", "0", "--lr", "1e-2", "--label_dropout", "0.5", *SIGMAS]
-    assert call(train0, *teacher_flags(pictures), "--run_dir", run, *flags) == 0
+    assert call(train0, *teacher_flags(photographs), "--run_dir", run, *flags) == 0
     return run
 
 
@@ -85,28 +83,23 @@ def assert_as_trained(state, net, start):
     assert (theirs - first).norm() > 0 and (ours - theirs).norm() < 0.01 * (theirs - first).norm()
 
 
-@pytest.mark.parametrize("sigma_sampling", ["lognormal", "grid"])
-def test_the_teachers_loop(tmp_path, pictures, sigma_sampling):
-    flags = ["--p_mean", "-0.3", "--p_std", "0.7", "--sigma_sampling", sigma_sampling, "--label_dropout", "0.3"]
+def test_the_teachers_loop(tmp_path, photographs):
+    flags = ["--p_mean", "-0.3", "--p_std", "0.7", "--label_dropout", "0.3"]
     flags += ["--blocks", "2", "--seed", "5", "--steps", "6", "--lr", "1e-2", "--run_dir", str(tmp_path)]
-    assert call(train0, *teacher_flags(pictures), *STEPS, *flags) == 0
+    assert call(train0, *teacher_flags(photographs), *STEPS, *flags) == 0
 
     torch.manual_seed(5)
     net = SimpleUNet(8, 2, 2).to(memory_format=torch.channels_last)
     average, start = copy.deepcopy(net), copy.deepcopy(net.state_dict())
     optimizer = torch.optim.Adam(net.parameters())
-    batches = data.Batches(data.load("folder", pictures), 4, 5, "cpu")
-    levels = diffusion.karras_sigmas(sigma_min=0.01, sigma_max=40).float()
+    batches = data.Batches(data.load("folder", photographs), 4, 5, "cpu")
     expected = []
     for step in range(6):
         x_0, labels = batches(step)
         rng = StepRandom(5, step, CPU)
         x_0 = torch.where(rng.uniform(4, 1, 1, 1) < 0.5, x_0.flip(-1), x_0)
         labels = torch.where(rng.uniform(4) < 0.3, -1, labels)
-        if sigma_sampling == "grid":
-            sigma = levels[rng.integers(0, 999, 4, 1, 1, 1)]
-        else:
-            sigma = torch.exp(-0.3 + 0.7 * rng.normal(4, 1, 1, 1))
+        sigma = torch.exp(-0.3 + 0.7 * rng.normal(4, 1, 1, 1))
         x_t = (x_0 + sigma * rng.normal(4, 3, 32, 32)).to(memory_format=torch.channels_last)
         loss = ((1 / sigma**2 + 1 / 0.5**2) * (net(x_t, sigma, labels) - x_0) ** 2).mean()
         length = step_of_adam(optimizer, loss, [1e-2], step, 6)
@@ -121,11 +114,11 @@ def test_the_teachers_loop(tmp_path, pictures, sigma_sampling):
 
 
 @pytest.mark.parametrize("gan", [False, True])
-def test_the_students_loop(tmp_path, pictures, teacher, gan, monkeypatch):
+def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
     flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", "--seed", "7"]
     flags += ["--steps", "5", "--dfake_gen_update_ratio", "2", "--generator_lr", "3e-3", "--guidance_lr", "5e-3"]
     flags += ["--conditioning_sigma", "3", "--fake_noise", "dm", "--min_step_percent", "0.3"]
-    flags += ["--max_step_percent", "0.6", "--guidance_scale", "5", "--guidance_interval", "0.5", "2"]
+    flags += ["--max_step_percent", "0.6", "--cfg_scale", "5", "--cfg_interval", "0.5", "2"]
     if gan:
         flags += ["--gen_cls_loss_weight", "0.1", "--cls_loss_weight", "0.2", "--cls_head_lr", "2e-3"]
         flags += ["--diffusion_gan_max_timestep", "700", "--f_div", "kl"]
@@ -139,18 +132,18 @@ def test_the_students_loop(tmp_path, pictures, teacher, gan, monkeypatch):
     assert call(train, *STEPS, *flags) == 0
     assert grads == [True, False, True, False, True]                # a guidance turn alone needs none
 
-    net = checkpoint.ema_model(checkpoint.load(teacher))
+    net = networks.averaged(checkpoint.load(teacher))
     start = copy.deepcopy(net.state_dict())
     adversarial = dict(gan=True, diffusion_gan_max_timestep=700, f_div="kl") if gan else {}
     torch.manual_seed(7)
     guidance = GuidanceModel(
-        net, 0.3, 0.6, 0.01, 40.0, guidance_scale=5, guidance_interval=(0.5, 2), fake_noise="dm", **adversarial
+        net, 0.3, 0.6, 0.01, 40.0, cfg_scale=5, cfg_interval=(0.5, 2), fake_noise="dm", **adversarial
     ).to(memory_format=torch.channels_last)
     generator, average = copy.deepcopy(guidance.fake_unet), copy.deepcopy(net)
     generator_adam = torch.optim.Adam(generator.parameters())
     trained = [guidance.fake_unet, guidance.cls_head] if gan else [guidance.fake_unet]
     guidance_adam = torch.optim.Adam(dict(params=network.parameters()) for network in trained)
-    batches = data.Batches(data.load("folder", pictures), 4, 7, "cpu")
+    batches = data.Batches(data.load("folder", photographs), 4, 7, "cpu")
     rows = log_of(tmp_path)
     for step in range(5):
         rng, wanted = StepRandom(7, step, CPU), {}
@@ -188,7 +181,7 @@ def test_the_students_loop(tmp_path, pictures, teacher, gan, monkeypatch):
 
 def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, teacher, monkeypatch):
     flags = ["--teacher", teacher, "--batch_size", "4", "--device", "cpu", "--steps", "2", *SIGMAS]
-    flags += ["--gen_cls_loss_weight", "0.1", "--guidance_scale", "5", "--precision", "fp32"]
+    flags += ["--gen_cls_loss_weight", "0.1", "--cfg_scale", "5", "--precision", "fp32"]
     assert call(train, *flags, "--run_dir", str(tmp_path / "a")) == 0
     monkeypatch.setattr(guidance_module, "frozen", lambda *modules: contextlib.nullcontext())
     assert call(train, *flags, "--run_dir", str(tmp_path / "b")) == 0
@@ -198,26 +191,26 @@ def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, 
 
 def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_same_noise(tmp_path, teacher):
     flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", *SIGMAS]
-    flags += ["--precision", "fp32", "--conditioning_sigma", "3", "--guidance_scale", "5", "--generator_lr", "1e-2"]
+    flags += ["--precision", "fp32", "--conditioning_sigma", "3", "--cfg_scale", "5", "--generator_lr", "1e-2"]
     flags += ["--warmup_steps", "0", "--steps", "2", "--dfake_gen_update_ratio", "1", "--sample_every", "2"]
     assert call(train, *flags) == 0
 
     z, labels = image_noise(0, range(16)), torch.arange(16) % 2
-    net, state = checkpoint.ema_model(checkpoint.load(teacher)), checkpoint.load(tmp_path)
+    net, state = networks.averaged(checkpoint.load(teacher)), checkpoint.load(tmp_path)
     from_teacher = diffusion.heun_sample(diffusion.guided(net, 5), z, labels, 18, 0.01, 40)
-    from_student = checkpoint.ema_model(state)(3 * z, 3.0, labels)
-    expected = runtime.side_by_side(*(runtime.class_grid(images, 2) for images in (from_teacher, from_student)))
+    from_student = networks.averaged(state)(3 * z, 3.0, labels)
+    expected = pictures.side_by_side(*(pictures.class_grid(images, 2) for images in (from_teacher, from_student)))
     picture = torch.from_numpy(np.array(Image.open(tmp_path / "grids" / "0000002_teacher_student.png"))).movedim(2, 0)
     assert (picture - 255 * expected).abs().max() <= 1
     # Another network than the average, or the teacher unguided, is told apart.
     state["model_ema"] = {name: state["model"][f"feedforward_model.{name}"] for name in state["model_ema"]}
-    for one, other in ((checkpoint.ema_model(state)(3 * z, 3.0, labels), from_student),
+    for one, other in ((networks.averaged(state)(3 * z, 3.0, labels), from_student),
                        (diffusion.heun_sample(net, z, labels, 18, 0.01, 40), from_teacher)):
         assert (data.to_uint8(one).int() - data.to_uint8(other).int()).abs().max() > 4
 
 
 def test_a_reading_is_the_mean_of_its_steps_and_begins_anew():
-    meter = runtime.Meter(0, CPU)
+    meter = Meter(CPU)
     for step, loss in enumerate((1.0, 2.0, 6.0)):
         meter.add(step, loss=torch.tensor(loss))
     meter.add(2, other=torch.tensor(5.0))
@@ -225,23 +218,23 @@ def test_a_reading_is_the_mean_of_its_steps_and_begins_anew():
 
 
 def test_a_mean_over_processes_that_a_resume_restores_is_still_the_mean(monkeypatch):
-    monkeypatch.setattr(distributed, "WORLD", 3)
-    monkeypatch.setattr(distributed, "sum_on_host", lambda numbers: numbers + numbers + numbers)
+    monkeypatch.setattr(processes, "WORLD", 3)
+    monkeypatch.setattr(processes, "sum_on_host", lambda numbers: numbers + numbers + numbers)
     value = 11184814 * 2.0**-23                     # a third of its triple in float32 is another number
-    assert runtime.Meter(0, CPU, dict(loss={1: value})).state() == dict(loss={1: value})
+    assert Meter(CPU, dict(loss={1: value})).state() == dict(loss={1: value})
 
 
 def test_precision_is_that_of_the_networks_products():
     a = torch.randn(2, 2)
     for precision, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
-        with runtime.autocast(CPU, precision):
+        with hardware.autocast(CPU, precision):
             assert (a @ a).dtype == dtype
 
 
 def test_a_second_signal_ends_the_process_but_not_the_same_one_twice(monkeypatch):
     killed = []
-    monkeypatch.setattr(runtime.os, "kill", lambda pid, signum: killed.append(signum))
-    stop = runtime.StopSignal()
+    monkeypatch.setattr(signals.os, "kill", lambda pid, signum: killed.append(signum))
+    stop = signals.StopSignal()
     assert not stop
     for _ in range(2):                              # Ctrl-C, which torchrun passes on
         stop.handle(2, None)
@@ -253,11 +246,11 @@ def test_a_second_signal_ends_the_process_but_not_the_same_one_twice(monkeypatch
 
 def test_the_learning_rate_rises_and_then_stays_or_falls_to_zero():
     args = argparse.Namespace(warmup_steps=10, steps=110, lr_schedule="cosine")
-    rise = [runtime.lr_factor(step, args) for step in range(10)]
+    rise = [optimizers.lr_factor(step, args) for step in range(10)]
     assert rise == pytest.approx([0.1 * n for n in range(1, 11)])
-    fall = [runtime.lr_factor(step, args) for step in (10, 35, 60, 110)]
+    fall = [optimizers.lr_factor(step, args) for step in (10, 35, 60, 110)]
     assert fall == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
     args.lr_schedule = "constant"
-    assert [runtime.lr_factor(step, args) for step in (9, 10, 109, 500)] == [1, 1, 1, 1]
+    assert [optimizers.lr_factor(step, args) for step in (9, 10, 109, 500)] == [1, 1, 1, 1]
     args.warmup_steps = 0
-    assert runtime.lr_factor(0, args) == 1
+    assert optimizers.lr_factor(0, args) == 1

@@ -1,7 +1,7 @@
 """What takes too long for the test suite: random kills, and an hour of training. `make stress` does both.
 
-    python tests/stress.py kills --number 100        # of each script
-    python tests/stress.py hour --minutes 60
+    python tests/stress/stress.py kills --number 100        # of each script
+    python tests/stress/stress.py hour --minutes 60
 
 Figures go to results/stress_kills.json and results/stress_hour.json; exit code 1 where one is not as it should be.
 """
@@ -20,16 +20,14 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"                 # bit-for-bit whatever the machine, and safe to fork
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch
 
-import checkpoint
-import data
-import records
 import train
 import train0
+from support import checkpoint, data, records
 
 SMALL = ["--device", "cpu", "--batch_size", "4", "--log_every", "1", "--sample_every", "10", "--save_every", "1"]
 # The learning rate must not depend on --steps, which the lives of a killed run do not know yet.
