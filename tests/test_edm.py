@@ -10,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY as SHORT
+from conftest import call, image_tree
 from torch import nn
 
+import diffusion
+import sample
+import train
 from edm_unet import Block, EDMUNet
-from support import edm_pickle
+from model import SimpleUNet
+from support import checkpoint, data, edm_pickle, networks
+from support.randomness import image_noise
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "edm-tiny.pkl"            # published format, random weights; its embedded source raises when it is run
@@ -241,3 +248,58 @@ def test_a_small_file_takes_little_memory(tmp_path):
 
     shrink(ema)
     assert "larger than itself" in refused(write(tmp_path / "net.pkl", ema))
+
+
+def test_a_file_is_a_teacher_of_cifar10(tmp_path):
+    state = checkpoint.load(TINY, kind="teacher")
+    assert state["classes"] == checkpoint.load(checkpoint.SHIPPED / "teacher.pt")["classes"]
+    assert (state["sigma_min"], state["sigma_max"]) == (0.002, 80)
+    assert isinstance(networks.averaged(state), EDMUNet)
+    of_others = checkpoint.load(write(tmp_path / "net.pt", ema_of(tiny())))                 # its name says nothing
+    assert of_others["classes"] == ["0", "1", "2"]
+    with pytest.raises(checkpoint.CheckpointError, match=r"net.pt .* it asks for 'posix.mkdir'"):
+        checkpoint.load(write(tmp_path / "net.pt", Reduced(os.mkdir, str(tmp_path / "ran"))))
+
+
+def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys):
+    path, out = write(tmp_path / "net.pkl", ema_of(tiny())), str(tmp_path / "grid.png")
+    flags = ["--device", "cpu", "--checkpoint", str(path), "--out", out]
+    assert call(sample, *flags, "--num_images", "6", "--npz", str(tmp_path / "images.npz")) == 0
+    net = networks.averaged(checkpoint.load(path))
+    images = diffusion.heun_sample(net, image_noise(0, range(6)), torch.arange(6) % 3, num_steps=18)
+    with np.load(tmp_path / "images.npz") as file:
+        found = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    assert (found.int() - data.to_uint8(images).int()).abs().max() <= 1
+    assert call(sample, *flags, "--cfg_scale", "2") == 2 and "--cfg_scale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label_dim, steps", [(2, 20), (0, 2)])
+def test_a_student_with_a_gan_resumes_bit_for_bit(tmp_path, label_dim, steps):
+    teacher = write(tmp_path / "net.pkl", ema_of(tiny(channel_mult=[1, 1, 1], label_dim=label_dim)))
+    images = image_tree(tmp_path / "images", classes=("0", "1"))
+    flags = [*SHORT, "--teacher", str(teacher), "--dataset", "folder", "--data_dir", str(images)]
+    flags += ["--gen_cls_loss_weight", "1e-3", "--dfake_gen_update_ratio", "3"]
+    flags += ["--save_every", "20", "--sample_every", "20"]
+    for run, end in (("whole", steps), ("halves", steps // 2), ("halves", steps)):
+        assert call(train, *flags, "--resume", "--run_dir", str(tmp_path / run), "--steps", str(end)) == 0
+    whole, halves = (checkpoint.load(tmp_path / run, kind="student") for run in ("whole", "halves"))
+    for name in ("model", "model_ema"):
+        assert all(torch.equal(value, halves[name][key]) for key, value in whole[name].items())
+    head = whole["model"]["guidance_model.cls_head.layers.3.weight"]
+    assert head.shape[2:] == (4, 4)                             # of the 8x8 features that are halved before it
+    start = checkpoint.load(teacher)["model_ema"]
+    assert not any(torch.equal(value, start[name]) for name, value in whole["model_ema"].items() if "weight" in name)
+
+    slim = tmp_path / "slim.pt"
+    checkpoint.save(slim, checkpoint.slim(whole), compressed=True)
+    flags = ["--device", "cpu", "--num_images", "2", "--out", str(tmp_path / "grid.png")]
+    assert call(sample, *flags, "--checkpoint", str(slim)) == 0
+    assert isinstance(networks.averaged(checkpoint.load(slim)), EDMUNet)
+
+
+def test_a_checkpoint_names_its_network():
+    for net in (EDMUNet(8, num_blocks=1), SimpleUNet(8, blocks=2)):
+        assert networks.rebuild(networks.described(net)).config == net.config
+    assert isinstance(networks.rebuild(dict(channels=8)), SimpleUNet)           # an older file's
+    with pytest.raises(ValueError, match=r"'os\.system'"):
+        networks.rebuild(dict(network="os.system"))

@@ -2,6 +2,7 @@
 
     python -m tools.benchmark                            # the 64-channel network on the best device
     python -m tools.benchmark --channels 32 --batch_size 32 --modes fp32 bf16
+    python -m tools.benchmark --teacher edm-cifar10-32x32-cond-vp.pkl
 
 Times, each in float32 (contiguous, no TF32), in bf16 (channels_last) and in bf16 compiled:
     teacher_step     forward, backward, optimizer and EMA of train0.py
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 from model import SimpleUNet
-from support import errors, flags, hardware, records
+from support import checkpoint, errors, flags, hardware, networks, records, resume
 from support.ema import EMA
 from support.optimizers import Optimizer
 from support.randomness import StepRandom
@@ -40,6 +41,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=flags.natural, default=0, help="of weights and images")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
+    parser.add_argument("--teacher", type=flags.path, help="time the network of this checkpoint, or .pkl of EDM's")
     parser.add_argument("--batch_size", type=flags.count, default=64, help="images per step")
     parser.add_argument("--optimizer", choices=["adam", "muon"], default="adam", help="as in the training scripts")
     parser.add_argument("--repeats", type=flags.number(int, 3), default=7, help="timed runs of each part in each mode")
@@ -54,13 +56,22 @@ def parse_args(argv=None):
     return args
 
 
-def parts(args, device, mode):
+def network(args):
+    """The network to time: of --channels, or of --teacher."""
+    if args.teacher:
+        with resume.restoring(args.teacher):
+            return networks.averaged(checkpoint.load(args.teacher)).requires_grad_(True)
+    torch.manual_seed(args.seed)
+    net = SimpleUNet(args.channels)
+    for parameter in net.parameters():              # a fresh network's zeros would make its arithmetic too easy
+        torch.nn.init.normal_(parameter, std=0.02)
+    return net
+
+
+def parts(args, net, device, mode):
     """name -> function that does the part once, with networks of its own for this mode."""
     precision, memory_format, compiled = MODES[mode]
-    torch.manual_seed(args.seed)
-    teacher = SimpleUNet(args.channels)
-    for parameter in teacher.parameters():          # a fresh network's zeros would make its arithmetic too easy
-        torch.nn.init.normal_(parameter, std=0.02)
+    teacher = copy.deepcopy(net)
     model = UnifiedModel(teacher).to(device, memory_format=memory_format)
     teacher = teacher.to(device, memory_format=memory_format)
     generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
@@ -74,7 +85,7 @@ def parts(args, device, mode):
             net.compile()
     rng = StepRandom(args.seed, 0, device)
     z = rng.normal(args.batch_size, 3, 32, 32).to(memory_format=memory_format)
-    labels = torch.arange(args.batch_size, device=device) % 10
+    labels = torch.arange(args.batch_size, device=device) % max(1, net.label_dim)
     sigma = diffusion.lognormal_sigma(rng.normal(args.batch_size, 1, 1, 1))
     x_0 = torch.rand_like(z) * 2 - 1
     x_t = x_0 + sigma * z
@@ -153,10 +164,11 @@ def main(argv=None):
     args = parse_args(argv)
     device = hardware.start(args)
     began = time.perf_counter()
-    functions = {mode: parts(args, device, mode) for mode in args.modes}
+    net = network(args)
+    functions = {mode: parts(args, net, device, mode) for mode in args.modes}
     names = list(functions[args.modes[0]])
     flops, peak, times = {}, {}, {(mode, name): [] for mode in args.modes for name in names}
-    for name, function in parts(args, device, "fp32").items():
+    for name, function in parts(args, net, device, "fp32").items():
         with FlopCounterMode(display=False) as counter:
             function()
         flops[name] = counter.get_total_flops()
@@ -184,7 +196,7 @@ def main(argv=None):
             print(f"  {name:16} {median:10.2f} ms  {images_per_second:10.1f} images/s  {100 * share:5.1f} % of it")
     report = dict(
         what="medians and quartiles; modes in turn; fraction of this machine's measured matrix product",
-        channels=args.channels, batch_size=args.batch_size, optimizer=args.optimizer, repeats=args.repeats,
+        network=networks.described(net), batch_size=args.batch_size, optimizer=args.optimizer, repeats=args.repeats,
         seed=args.seed, gflop_per_image={name: round(n / args.batch_size / 1e9, 6) for name, n in flops.items()},
         modes=table, seconds=round(time.perf_counter() - began, 1),
     )
