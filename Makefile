@@ -37,8 +37,7 @@ cifar10: .venv/requirements.txt
 	$(RUN) evaluate.py --checkpoint runs/$(PRESET)/teacher --num_images 10000 $(EVALUATE) --out runs/$(PRESET)/teacher.json
 	$(RUN) evaluate.py --checkpoint runs/$(PRESET)/dmd2 --num_images 10000 $(EVALUATE) --out runs/$(PRESET)/student.json
 
-test: .venv/requirements-test.txt
-	$(RUN) -m ruff check .
+test: lint
 	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 # Hours: kills at random moments, an hour of training, every accepted value of every flag.
@@ -49,6 +48,7 @@ stress: .venv/requirements-test.txt
 
 lint: .venv/requirements-test.txt
 	$(RUN) -m ruff check .
+	$(RUN) -m tools.tables --check
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

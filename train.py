@@ -37,36 +37,28 @@ from support.randomness import StepRandom, image_noise
 from support.run import Run
 from unified_model import UnifiedModel
 
+# Why each value, and what else was tried: docs/tuning.md.
 PRESETS = {
-    # The teacher of train0.py's preset of this name, in minutes on 2 CPU cores.
+    # The figures of `shapes`, minutes on 2 CPU cores.
     "demo": dict(
         batch_size=32, steps=2100, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.97,
-        lr_schedule="cosine", log_every=20, sample_every=500, save_every=500,
-        # From 80 the generator starts at one image per class and loses colours on the way to many; at 3 the teacher's
-        # single step already follows z. Noise below step 150 or above 750 says nothing about flat figures, and above
-        # 600 the GAN cannot tell them from blurred ones: with 1000 the distance after 500 steps was 9.1 instead of 5.1.
-        gen_cls_loss_weight=3e-2, diffusion_gan_max_timestep=600,
         conditioning_sigma=3.0, min_step_percent=0.15, max_step_percent=0.75,
+        gen_cls_loss_weight=3e-2, diffusion_gan_max_timestep=600,
+        lr_schedule="cosine", log_every=20, sample_every=500, save_every=500,
     ),
-    # Photographs, from the teacher of train0.py's preset of this name. No GAN: it took half as much time again for more
-    # variety, but no less distance (results/README.md). Guidance makes the distance smaller, at less cost of variety
-    # where it leaves out the high noise, and with 3 instead of 4; and so does a DM loss without the least and the most
-    # noise. That fake_unet learns this range alone took the distance after 1,200 steps from 11.0 to 9.1
-    # (results/cifar10_tuning.md). Autoguidance gives back variety of the teacher; its guide must not be too weak
-    # (results/README.md).
+    # Photographs, half an hour on 2 CPU cores.
     "cifar10": dict(
-        batch_size=64, steps=2400, optimizer="muon", dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3,
-        ema_decay=0.97, cfg_scale=3.0, cfg_interval=[0.15, 5.0], autoguidance_scale=2.0,
-        min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine",
-        log_every=20, sample_every=600, save_every=200,
+        batch_size=64, steps=2400, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.97,
+        conditioning_sigma=3.0, min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm",
+        cfg_scale=3.0, cfg_interval=[0.15, 5.0], autoguidance_scale=2.0,
+        optimizer="muon", lr_schedule="cosine", log_every=20, sample_every=600, save_every=200,
     ),
-    # The same for a GPU and its larger teacher: half the rates for twice the width, eight times the images, and a
-    # guidance of 2, for which no other was tried. Minutes on an H100 (results/README.md).
+    # The same for one GPU: twice the width, half the rates, eight times the images.
     "cifar10_gpu": dict(
-        batch_size=512, steps=2400, optimizer="muon", dfake_gen_update_ratio=2, generator_lr=2.5e-4, guidance_lr=1.5e-3,
-        ema_decay=0.99, cfg_scale=2.0, cfg_interval=[0.15, 5.0], autoguidance_scale=2.0,
-        min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm", conditioning_sigma=3.0, lr_schedule="cosine",
-        sample_every=400, save_every=1200, compile=True,
+        batch_size=512, steps=2400, dfake_gen_update_ratio=2, generator_lr=2.5e-4, guidance_lr=1.5e-3, ema_decay=0.99,
+        conditioning_sigma=3.0, min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm",
+        cfg_scale=2.0, cfg_interval=[0.15, 5.0], autoguidance_scale=2.0,
+        optimizer="muon", lr_schedule="cosine", sample_every=400, save_every=1200, compile=True,
     ),
     # EDM's published network, as NVIDIA's FastGen distils it to an FID of 1.99 (its batch is 2048, its Adam is AdamW).
     # Not run here.

@@ -19,23 +19,19 @@ from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
 from support.run import Run
 
+# Why each value, and what else was tried: docs/tuning.md.
 PRESETS = {
-    # The ten figures of `shapes`, in minutes on 2 CPU cores.
+    # The figures of `shapes`, minutes on 2 CPU cores.
     "demo": dict(
-        dataset="shapes", channels=16, batch_size=32, steps=1800, lr=3e-3, ema_decay=0.998,
-        # Flat figures are decided at higher noise than photographs: at the default -1.2 and 1.2 they stay motley.
-        p_mean=0.3, p_std=1.5,
+        dataset="shapes", channels=16, batch_size=32, steps=1800, lr=3e-3, ema_decay=0.998, p_mean=0.3, p_std=1.5,
         log_every=20, sample_every=900, save_every=500,
     ),
-    # CIFAR-10 in an hour or so on 2 CPU cores. Muon at this rate comes to the loss of 32,000 steps of Adam in a quarter
-    # of the time, though not quite to their distance (results/README.md). More noise than the default's -1.2 and 1.2
-    # costs a little loss at the least noise and wins as much at the most (results/cifar10_tuning.md).
+    # Photographs, three quarters of an hour on 2 CPU cores.
     "cifar10": dict(
         channels=32, batch_size=64, steps=9000, optimizer="muon", lr=4e-3, ema_decay=0.999, p_mean=-0.8, p_std=1.4,
         label_dropout=0.1, log_every=50, sample_every=1000, save_every=500,
     ),
-    # The same for a GPU: four times the network, eleven times the images, half the rate for twice the width. Minutes on
-    # an H100, which launches a step's kernels no faster for smaller batches (results/README.md).
+    # The same for one GPU: twice the width, half the rate, eight times the images.
     "cifar10_gpu": dict(
         channels=64, batch_size=512, steps=12_000, optimizer="muon", lr=2e-3, ema_decay=0.999, p_mean=-0.8, p_std=1.4,
         label_dropout=0.1, save_every=3000, compile=True,
@@ -60,7 +56,6 @@ def parse_args(argv=None):
         "--label_dropout", type=flags.fraction, default=0.0, help="share of images shown without their class (guidance)"
     )
     parser.add_argument(
-        # At 0.15 the student of preset cifar10 was at three times the distance after 600 steps: too weak a guide.
         "--guide_at", type=flags.fraction, default=0.3333,
         help="share of the steps after which the averaged weights are kept as guide.pt, for autoguidance, once in a "
         "run; 0: never",
@@ -139,7 +134,7 @@ def main(argv=None):
         if run.every(args.sample_every):
             run.grid("teacher", rows, sample(grid_z, grid_labels))
         if args.guide_at and run.step >= args.guide_at * args.steps and not guide.exists() and grad_norm.isfinite():
-            checkpoint.save(guide, dict(describe(), step=run.step))         # before run.keep(): no resume without it
+            checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep(): no resume may miss it
         run.keep()
 
 

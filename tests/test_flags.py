@@ -104,7 +104,7 @@ def figures(request):
             flags=len(FLAGS), values_run=sum(map(len, SEEN.values())), flags_failed=request.session.testsfailed,
             command=f"DMD2_RUNS_PER_FLAG={RUNS_PER_FLAG} python -m pytest tests/test_flags.py",
         )
-        records.write_json(ROOT / "results" / "stress_flags.json", report, torch.device("cpu"))
+        records.write_json(ROOT / "runs" / "stress" / "flags.json", report, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("name", "flag", "is_path"), FLAGS, ids=[f"{name} {flag}" for name, flag, _ in FLAGS])

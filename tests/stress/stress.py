@@ -3,7 +3,7 @@
     python tests/stress/stress.py kills --number 100        # of each script
     python tests/stress/stress.py hour --minutes 60
 
-Figures go to results/stress_kills.json and results/stress_hour.json; exit code 1 where one is not as it should be.
+Figures go to runs/stress/kills.json and runs/stress/hour.json; exit code 1 where one is not as it should be.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def kills(args):
         report["train0"] = kill_often("train0", train0, TEACHER, work, args.number, rng)
         student = [*STUDENT, "--teacher", str(work / "train0")]
         report["train"] = kill_often("train", train, student, work, args.number, rng)
-    records.write_json(args.out or ROOT / "results" / "stress_kills.json", report, torch.device("cpu"))
+    records.write_json(args.out or ROOT / "runs" / "stress" / "kills.json", report, torch.device("cpu"))
     scripts = [report["train0"], report["train"]]
     enough = all(script["kills_while_stepping"] >= args.number / 4 for script in scripts)
     return enough and all(value for script in scripts for value in script.values() if isinstance(value, bool))
@@ -194,7 +194,7 @@ def hour(args):
     first, last = report["first"], report["last"]
     report["memory_ratio"] = last["memory_mib"] / first["memory_mib"]
     report["speed_ratio_per_cpu_second"] = last["steps_per_cpu_second"] / first["steps_per_cpu_second"]
-    records.write_json(args.out or ROOT / "results" / "stress_hour.json", report, torch.device("cpu"))
+    records.write_json(args.out or ROOT / "runs" / "stress" / "hour.json", report, torch.device("cpu"))
     print(report)
     flat = report["memory_ratio"] < 1.02 and report["speed_ratio_per_cpu_second"] > 0.9
     return code == 0 and flat and last["open_files"] <= first["open_files"]
