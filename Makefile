@@ -9,7 +9,7 @@ help:
 	@echo "make cifar10   the same on CIFAR-10, with distances: hours on a CPU; PRESET=cifar10_gpu for a GPU"
 	@echo "make test      lint and tests"
 
-.venv/requirements-test.txt: requirements.txt
+.venv/requirements-test.txt: requirements.txt requirements-export.txt
 .venv/requirements%: requirements%
 	@echo "installing $< into .venv: a download of some GB, minutes"
 	$(PYTHON) -m venv .venv
@@ -38,7 +38,7 @@ cifar10: .venv/requirements.txt
 	$(RUN) evaluate.py --checkpoint runs/$(PRESET)/dmd2 --num_images 10000 $(EVALUATE) --out runs/$(PRESET)/student.json
 
 test: lint
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -rs -n 2 --dist loadfile
 
 # Hours: kills at random moments, an hour of training, every accepted value of every flag.
 stress: .venv/requirements-test.txt

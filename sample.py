@@ -4,6 +4,7 @@
     python sample.py --checkpoint runs/teacher --num_steps 18 --out teacher.png
     python sample.py --labels cat dog 8 --num_images 30
     python sample.py --num_images 50000 --npz samples.npz                # for evaluation
+    python sample.py --walk walk.gif                                     # the grid on its way to the next seed's
 
 Image i depends on --seed, i and its label alone. Without --labels image i is of class i modulo their number, so that
 each row of the grid is one class.
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 from support import checkpoint, errors, flags, hardware, pictures, processes, records, resume, sampling, teachers
 from support.data import to_float
 
 GRID_IMAGES = 1000                                  # a larger picture would be of no use
+WALK_FRAMES, WALK_MILLISECONDS = 30, 60             # of --walk, one way; each is shown for so long
 
 
 def parse_args(argv=None):
@@ -35,6 +39,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--npz", type=flags.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
     )
+    parser.add_argument(
+        "--walk", type=flags.path, help="also a GIF: the noise walks to that of --seed + 1 and back; default: none"
+    )
     parser.add_argument("--num_images", type=flags.count, default=100, help="images in all")
     parser.add_argument(
         "--batch_size", type=flags.count, default=100, help="images at a time; moves nothing but roundings"
@@ -44,11 +51,13 @@ def parse_args(argv=None):
     flags.add_cfg(parser, "a teacher")
     args = parser.parse_args(argv)
     args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
-    for path in filter(None, (args.out, args.npz)):
+    for path in filter(None, (args.out, args.npz, args.walk)):
         if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not flags.writable(path):
             parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out {args.out} does not end in .png")
+    if args.walk and Path(args.walk).suffix.lower() != ".gif":
+        parser.error(f"--walk {args.walk} does not end in .gif")
     return args
 
 
@@ -71,20 +80,32 @@ def main(argv=None):
     with resume.restoring(args.checkpoint):
         sample = sampling.sampler(state, device, args.num_steps, cfg, args.compile)
 
+    def generate(labels, **how):
+        with hardware.autocast(device, args.precision):
+            return sampling.generate(sample, args.seed, labels, args.batch_size, device, **how)
+
+    def grid(images):
+        return pictures.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
+
     start = time.perf_counter()
-    with hardware.autocast(device, args.precision):
-        images = sampling.generate(sample, args.seed, labels, args.batch_size, device, bar=True)
+    images = generate(labels, bar=True)
     rate = len(images) / (time.perf_counter() - start)
 
-    picture = pictures.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
-    records.write(args.out, lambda file: save_image(picture, file, format="png"))
+    records.write(args.out, lambda file: save_image(grid(images), file, format="png"))
+    if args.walk:
+        steps = tqdm(range(WALK_FRAMES + 1), unit="frame", disable=not processes.MAIN)
+        frames = [grid(generate(labels[:GRID_IMAGES], walk=step / WALK_FRAMES)) for step in steps]
+        first, *others = (Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in frames)
+        others += others[-2::-1]                    # and back, to where the loop begins
+        records.write(args.walk, lambda file: first.save(
+            file, format="gif", save_all=True, append_images=others, duration=WALK_MILLISECONDS, loop=0))
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
         records.write(args.npz, lambda file: np.savez(file, *arrays))
     nfe = sampling.evaluations(state, args.num_steps, cfg)
     processes.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "
-        f"{rate:.1f} images/s, {args.out}{' and ' + args.npz if args.npz else ''}"
+        f"{rate:.1f} images/s, {', '.join(filter(None, (args.out, args.npz, args.walk)))}"
     )
 
 

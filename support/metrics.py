@@ -65,21 +65,21 @@ def inception(device, path=None):
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    place = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
-    if not place.exists() and path is None:
+    file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
+    if not file.exists() and path is None:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place), hash_prefix="6726825d", progress=False)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix="6726825d", progress=False)
         except Exception as error:                  # urllib's many
             raise MetricsError(
-                f"the weights of Inception could not be downloaded ({error}): put {URL_INCEPTION_V3} at {place}, "
+                f"the weights of Inception could not be downloaded ({error}): put {URL_INCEPTION_V3} at {file}, "
                 "or give --feature_extractor FILE.pt2"
             ) from error
     try:                                            # torch-fidelity would unpickle anything: look first
-        torch.load(place, map_location="cpu", weights_only=True)
-        network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], str(place)).to(device)
+        torch.load(file, map_location="cpu", weights_only=True)
+        network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], str(file)).to(device)
     except Exception as error:
-        raise MetricsError(f"{place} does not hold the weights of Inception: {str(error).splitlines()[0]}") from error
+        raise MetricsError(f"{file} does not hold the weights of Inception: {str(error).splitlines()[0]}") from error
     return Extractor("FID", INCEPTION, network, device)
 
 

@@ -1,5 +1,7 @@
 """Random numbers as functions of what they are for: of (seed, step) in training, of (seed, image index) in sampling."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -39,7 +41,14 @@ class StepRandom:
         return numbers[self.rank * n : (self.rank + 1) * n]
 
 
-def image_noise(seed, indices, draw=0):
-    """Unit noise of the images numbered so, float32 [len(indices), 3, 32, 32]: each from (seed, index, draw) alone."""
+def image_noise(seed, indices, draw=0, walk=0.0):
+    """Unit noise of the images numbered so, float32 [len(indices), 3, 32, 32]: each from (seed, index, draw) alone.
+
+    Args:
+        walk: 0 .. 1, how far to go to the noise of seed + 1, along the arc on which all is unit noise.
+    """
+    if walk:
+        a, b = math.cos(math.pi / 2 * walk), math.sin(math.pi / 2 * walk)           # a^2 + b^2 = 1
+        return a * image_noise(seed, indices, draw) + b * image_noise(seed + 1, indices, draw)
     rngs = (np.random.default_rng([seed, int(i), draw]) for i in indices)
     return torch.from_numpy(np.stack([rng.standard_normal((3, 32, 32), dtype=np.float32) for rng in rngs]))

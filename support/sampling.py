@@ -52,8 +52,8 @@ def sampler(state, device, num_steps=18, cfg=None, compile=False):
     return lambda z, labels, renoise: diffusion.heun_sample(denoise, z, labels, *schedule)
 
 
-def generate(sample, seed, labels, batch_size, device, bar=False):
-    """The images of labels[0], labels[1], ...: uint8 [N, 3, 32, 32] on the CPU.
+def generate(sample, seed, labels, batch_size, device, bar=False, walk=0.0):
+    """The images of labels[0], labels[1], ...: uint8 [N, 3, 32, 32] on the CPU; walk as in image_noise.
 
     Several processes make a batch each in turn and all get all images: the batches are those of one process.
     """
@@ -65,7 +65,7 @@ def generate(sample, seed, labels, batch_size, device, bar=False):
         indices = range(start, start + len(batch))
 
         def noise(draw, indices=indices):
-            return image_noise(seed, indices, draw).to(device, memory_format=torch.channels_last)
+            return image_noise(seed, indices, draw, walk).to(device, memory_format=torch.channels_last)
 
         images[start : start + len(batch)] = to_uint8(sample(noise(0), batch.to(device), renoise=noise)).cpu()
         progress.update(min(processes.WORLD * len(batch), len(labels) - progress.n))

@@ -43,7 +43,7 @@ def ended():
 
 def torchrun(*argv):
     """A torchrun of two processes, started."""
-    command = [sys.executable, "-m", "torch.processes.run", "--standalone", "--nproc_per_node=2", *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
     STARTED.append(subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ))

@@ -1,11 +1,15 @@
 """sampling.py: the images of a checkpoint are those of its network, by its levels, for the classes asked for."""
 
+import numpy as np
 import pytest
 import torch
+from conftest import call
+from PIL import Image, ImageSequence
 from test_model import trained_net
 
 import diffusion
-from support import data, sampling
+import sample
+from support import checkpoint, data, sampling
 from support.randomness import image_noise
 
 LABELS, CPU = torch.tensor([1, 0, 1]), torch.device("cpu")
@@ -57,3 +61,27 @@ def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
     ]
     for other in others:
         assert (data.to_uint8(other).int() - data.to_uint8(teacher).int()).abs().max() > 8
+
+
+def test_the_walk_goes_from_a_seeds_noise_to_the_nexts_through_unit_noise():
+    a, b, middle = image_noise(3, range(9)), image_noise(4, range(9)), image_noise(3, range(9), walk=0.5)
+    assert torch.equal(image_noise(3, range(9), walk=0.0), a)
+    torch.testing.assert_close(image_noise(3, range(9), walk=1.0), b)
+    torch.testing.assert_close(middle, (a + b) / 2**0.5)
+    assert abs(middle.std() - 1) < 0.01
+
+
+def test_the_gif_of_a_walk_shows_the_grids_on_the_way_and_back(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "WALK_FRAMES", 2)
+    state = state_of(net, "student", denoising_sigmas=[3.0], step=1, classes=["a", "b"])
+    checkpoint.save(tmp_path / "s.pt", state)
+    common = ["--checkpoint", f"{tmp_path}/s.pt", "--num_images", "4", "--device", "cpu", "--seed"]
+    assert call(sample, *common, "3", "--out", f"{tmp_path}/0.png", "--walk", f"{tmp_path}/walk.gif") == 0
+    assert call(sample, *common, "4", "--out", f"{tmp_path}/1.png") == 0
+    gif = Image.open(tmp_path / "walk.gif")
+    frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
+    first, last = (np.asarray(Image.open(tmp_path / f"{seed}.png")).astype(int) for seed in (0, 1))
+    assert len(frames) == 4 and gif.info["loop"] == 0
+    near = [abs(one - other).mean() for one, other in ((frames[0], first), (frames[2], last), (frames[1], frames[3]))]
+    apart = [abs(frames[i] - frames[j]).mean() for i, j in ((0, 1), (1, 2), (0, 2))]
+    assert max(near) < 4 < 8 < min(apart)           # 256 colours are near to all

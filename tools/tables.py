@@ -21,15 +21,15 @@ def report(file):
     return json.loads((ROOT / f"results/{file}.json").read_text())
 
 
-def at(place, form=".2f", scale=1):
+def at(address, form=".2f", scale=1):
     """The number at "file#key/key/...", formatted; the file is below results/, without its suffix."""
-    file, keys = place.split("#")
+    file, keys = address.split("#")
     value = functools.reduce(lambda found, key: found[key], keys.split("/"), report(file))
     return format(scale * value, form)
 
 
-def percent(place):
-    return at(place, ".1f", 100) + " %"
+def percent(address):
+    return at(address, ".1f", 100) + " %"
 
 
 def table(head, rows):

@@ -1,0 +1,243 @@
+"""tools/export.py: the file, and the page in a browser, draw what torch draws; wrong calls leave nothing behind."""
+
+import base64
+import functools
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from browser import CHROMIUM, Browser
+from conftest import call
+from PIL import Image
+from test_model import trained_net
+
+import diffusion
+import sample
+from support import checkpoint, data, networks, sampling
+from support.errors import UsageError
+from support.randomness import image_noise
+from tools import export
+
+CLASSES = [f"class {i}" for i in range(10)]
+ONE_STEP, THREE_STEPS = [3.0], [3.0, 1.5, 0.4]
+
+
+def student(path, sigmas=ONE_STEP, kind="student", seed=0):
+    """A checkpoint of a small network, all of whose layers do something."""
+    torch.manual_seed(seed)
+    net = trained_net(channels=8, label_dim=len(CLASSES))
+    net.out_conv.weight.data *= 5                   # as contrasty as images are
+    checkpoint.save(path, dict(
+        kind=kind, step=7, model_config=net.config, model_ema=net.state_dict(), classes=CLASSES,
+        sigma_min=0.002, sigma_max=80.0, denoising_sigmas=sigmas,
+    ))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two students and their files: of one step as by default, of three in float32 with the output `float`."""
+    folder = tmp_path_factory.mktemp("export")
+    student(folder / "one.pt"), student(folder / "three.pt", THREE_STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(export, "--checkpoint", "one.pt") == 0
+        os.rename("generator.onnx", "one.onnx")
+        assert call(export, "--checkpoint", "three.pt", "--out", "three.onnx", "--no-half", "--float_output") == 0
+    return folder
+
+
+def inputs(n, sigmas):
+    noise = [image_noise(1, range(n), i) for i in range(len(sigmas))]
+    renoise = dict(renoise=torch.stack(noise[1:], dim=1)) if len(sigmas) > 1 else {}
+    return dict(z=noise[0], labels=torch.arange(n) % len(CLASSES), **renoise)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("name, sigmas", [("one", ONE_STEP), ("three", THREE_STEPS)])
+def test_the_files_images_are_those_of_the_network(folder, name, sigmas, n):
+    session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+    given = inputs(n, sigmas)
+    images, *floats = session.run(None, {name: value.numpy() for name, value in given.items()})
+    net, renoise = networks.averaged(checkpoint.load(folder / f"{name}.pt")), given.get("renoise")
+    wanted = diffusion.few_step_sample(net, given["z"], given["labels"], sigmas, lambda i: renoise[:, i - 1])
+    apart = abs(images.astype(int) - data.to_uint8(wanted).permute(0, 2, 3, 1).numpy())
+    assert images.dtype == np.uint8 and images.std() > 30
+    assert apart.max() <= 1 and (apart == 0).mean() > (0.97 if name == "one" else 0.999)
+    assert all(np.abs(x - wanted.numpy()).max() < 1e-4 for x in floats) and len(floats) == (name == "three")
+
+
+def test_the_file_tells_what_it_holds_and_not_where_it_was_made(folder):
+    content = (folder / "one.onnx").read_bytes()
+    about = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+    assert json.loads(about["classes"]) == CLASSES and json.loads(about["sigmas"]) == ONE_STEP
+    assert len(about["checkpoint_sha256"]) == 64 and b".py" not in content
+
+
+def test_weights_are_stored_as_float16_and_all_else_is_float32(folder):
+    graph = onnx.load(folder / "one.onnx").graph
+    kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
+    net = networks.averaged(checkpoint.load(folder / "one.pt"))
+    halves = {f"net.{name}.half" for name, parameter in net.named_parameters() if parameter.ndim > 1}
+    assert {name for name, kind in kinds.items() if kind == "FLOAT16"} == halves
+    assert {node.op_type for node in graph.node if halves & set(node.input)} == {"Cast"}
+
+
+def test_a_file_that_does_not_draw_what_torch_draws_is_not_written(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "to_onnx", lambda *how: onnx.load(folder / "one.onnx"))
+    assert call(export, "--checkpoint", student(tmp_path / "s.pt", seed=1), "--out", f"{tmp_path}/g.onnx") == 2
+    assert "largest difference" in capsys.readouterr().err and os.listdir(tmp_path) == ["s.pt"]
+
+
+def test_wrong_calls_end_in_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
+    def refused(words, *flags):
+        before = sorted(tmp_path.rglob("*"))
+        assert call(export, *flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error and sorted(tmp_path.rglob("*")) == before
+
+    good, out, page = student(tmp_path / "s.pt"), f"--out={tmp_path}/g.onnx", f"--page={tmp_path}/page"
+    (tmp_path / "other").write_text("no checkpoint")
+    refused("holds a teacher, but a student is needed", "--checkpoint", student(tmp_path / "t.pt", kind="teacher"), out)
+    refused("not a checkpoint", "--checkpoint", f"{tmp_path}/other", out)
+    refused("no such file", "--checkpoint", f"{tmp_path}/none", out)
+    refused("cannot write", "--checkpoint", good, "--out", str(tmp_path))
+    refused("cannot write", "--checkpoint", good, "--page", f"{tmp_path}/none/page")
+    refused("is there already", "--checkpoint", good, "--page", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused("needs npm", "--checkpoint", good, out, page)
+    (tmp_path / "npm").write_text("#!/bin/sh\necho npm error code E404 >&2\necho npm error 404 Not Found >&2\nexit 1\n")
+    (tmp_path / "npm").chmod(0o755)
+    refused("npm could not fetch onnxruntime-web@1.30.0: npm error 404 Not Found", "--checkpoint", good, out, page)
+    (tmp_path / "npm").write_text("#!/bin/sh\necho something else > onnxruntime-web-1.30.0.tgz\n")
+    refused("does not have the SHA-512", "--checkpoint", good, out, page)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    refused("pip install -r requirements-export.txt", "--checkpoint", good, out)
+
+
+def test_the_lines_of_the_docstring_draw(folder, monkeypatch):
+    shown = []
+    monkeypatch.chdir(folder)
+    shutil.copy("one.onnx", "generator.onnx")
+    monkeypatch.setattr(Image.Image, "show", lambda image: shown.append(image.size))
+    code = re.search("nothing of this project:\n\n(.*?)\n\n", export.__doc__, re.DOTALL)[1]
+    exec(re.sub("(?m)^    ", "", code), {})
+    assert shown == [(320, 32)]
+
+
+READY = "progress.hidden && /^Ready|ms an image/.test(message.textContent)"
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """Of a server of the students' pages, one/ and three/."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium is installed")
+    if not shutil.which("npm"):
+        pytest.skip("npm, which fetches onnxruntime-web, is not installed")
+    try:
+        runtime = export.fetch_runtime()
+    except UsageError as error:
+        if "could not fetch" not in str(error):
+            raise
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "fetch_runtime", lambda: runtime)
+        for name in ("one", "three"):
+            patch.setattr(export, "to_onnx", lambda *how, name=name: onnx.load(folder / f"{name}.onnx"))
+            flags = ["--float_output"] * (name == "three")
+            assert call(export, "--checkpoint", f"{folder}/{name}.pt", "--page", f"{folder}/{name}", *flags) == 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    with Browser(tmp_path) as browser:              # as a phone has it
+        browser.send("Emulation.setDeviceMetricsOverride", width=360, height=1000, deviceScaleFactor=1, mobile=True)
+        yield browser
+
+
+def canvas(browser):
+    browser.wait(READY)
+    png = base64.b64decode(browser.value("canvas.toDataURL()").split(",")[1])
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def assert_alike(found, wanted):
+    assert found.shape == wanted.shape and wanted.std() > 30
+    assert (abs(found.astype(int) - wanted.astype(int)) <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize("name", ["one", "three"])
+def test_a_click_draws_the_grid_of_sample_py(folder, address, browser, tmp_path, name):
+    browser.open(f"{address}/{name}/")
+    browser.wait(READY)
+    browser.click("classes.children[0]")
+    found = canvas(browser)
+    assert call(sample, "--checkpoint", f"{folder}/{name}.pt", "--out", f"{tmp_path}/grid.png", "--device", "cpu") == 0
+    assert_alike(found, np.asarray(Image.open(tmp_path / "grid.png")))
+    assert browser.value("message.textContent").startswith("100 images of all classes, seed 0: ")
+    assert browser.value("document.documentElement.scrollWidth") <= 360             # nothing sticks out
+    fetched = browser.value("performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert len(fetched) >= 5 and all(name.startswith((address, "data:")) for name in fetched)
+    browser.click("save")
+    downloaded = Image.open(browser.downloaded("all-classes-seed-0.png")).convert("RGB")
+    assert (np.asarray(downloaded) == found).all()
+
+
+def test_keys_choose_the_class_the_seed_and_the_walk(folder, address, browser):
+    sample = sampling.sampler(checkpoint.load(folder / "one.pt"), torch.device("cpu"))
+
+    def images(seed, walk=0.0):                     # uint8 [20, 32, 32, 3]
+        labels = torch.full((20,), 3)
+        return sampling.generate(sample, seed, labels, 20, torch.device("cpu"), walk=walk).permute(0, 2, 3, 1).numpy()
+
+    def pressed(*keys):                             # the same, of the canvas: 4 rows of 5
+        browser.press(*keys)
+        cells = canvas(browser)[2:, 2:].reshape(4, 34, 5, 34, 3).swapaxes(1, 2)[:, :, :32, :32]
+        return cells.reshape(20, 32, 32, 3)
+
+    browser.open(f"{address}/one/")
+    browser.wait(READY)
+    assert_alike(pressed(*["Tab"] * 5, "Enter"), images(0))             # past all and three classes
+    assert browser.value("document.querySelector('[aria-pressed=true]').textContent") == "class 3"
+    assert_alike(pressed(*["Tab"] * 7, "7"), images(7))
+    assert_alike(pressed("Tab", "End"), images(8))
+    assert_alike(pressed("Home", *["PageUp"] * 3), images(7, walk=0.3))
+    assert browser.value("canvas.ariaLabel") == "20 images of class 3, seed 7, 30 % of the way to seed 8"
+
+
+def test_the_noise_of_the_page_is_numpys(address, browser):
+    browser.open(f"{address}/one/")
+    for seed, image, draw, walk in [(0, 0, 0, 0), (1, 99, 2, 0), (2**32 - 1, 5, 0, 0.3), (10**12, 7, 1, 0)]:
+        call = f"imageNoise({seed}, {image}, {draw}, {walk})"
+        found = np.array(browser.value(f"import('./noise.js').then(({{imageNoise}}) => Array.from({call}))"))
+        wanted = image_noise(seed, [image], draw, walk).flatten().double().numpy()
+        exact = (abs(wanted) < 3.65) & (walk == 0)                                  # beyond by the browser's logarithm
+        assert (found[exact] == wanted[exact]).all() and np.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_where_webassembly_is_missing_the_page_says_so(address, browser):
+    browser.send("Page.enable")
+    browser.send("Page.addScriptToEvaluateOnNewDocument", source="delete globalThis.WebAssembly")
+    browser.open(f"{address}/one/")
+    browser.wait("message.textContent")
+    assert browser.value("message.textContent") == (
+        "This page cannot draw here: the browser lacks WebAssembly, or it is switched off.")
