@@ -3,9 +3,9 @@
     net = EDMUNet(model_channels=128, label_dim=10)
     x0_hat = net(x_t, sigma, labels)
 
-It is the DDPM++ network of Song et al. (2021, arXiv 2011.13456) as EDM trains it, in the signature of SimpleUNet, from
-which it differs in depth (it is 34 times the work), in attention at 16x16 and in a bottleneck of 8x8. Its parameters
-have the names and shapes that they have in EDM's files, which support/edm_pickle.py reads.
+It is the DDPM++ network of Song et al. (2021, arXiv 2011.13456) as EDM trains it, in the signature of SimpleUNet, which
+has a third of its parameters and does a 34th of its work. The parameters have the names and shapes that they have in
+EDM's files, which support/edm_pickle.py reads.
 """
 
 import math

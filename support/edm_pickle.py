@@ -99,7 +99,7 @@ def teacher(path):
     says nothing.
     """
     config, weights = read(path)
-    classes = {0: [""], 10: CIFAR10}.get(config["label_dim"])
+    classes = {0: [""], 10: list(CIFAR10)}.get(config["label_dim"])
     return dict(
         kind="teacher", step=0, model_config=dict(config, network="EDMUNet"), model_ema=weights, label_dropout=0.0,
         classes=classes or [str(label) for label in range(config["label_dim"])],
@@ -171,7 +171,8 @@ def configuration(state):
             expect(value, FIXED[name], name)
         elif name not in TAKEN + IGNORED:
             raise Refused(f"its network has an argument {name!r:.60}, which EDMUNet has not")
-    return {name: value for name, value in state["_init_kwargs"].items() if name in TAKEN}
+    given = {name: value for name, value in state["_init_kwargs"].items() if name in TAKEN}
+    return dict(dict(label_dim=0, channel_mult=[1, 2, 2, 2]), **given)              # EDM's defaults, which differ
 
 
 def tensors(module, prefix=""):
