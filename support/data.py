@@ -169,7 +169,9 @@ def from_flags(args, state=None, split="train"):
     if args.dataset is None:
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
     loaded = processes.first_of_host(load, args.dataset, args.data_dir, split)
-    if state and state["model_config"]["label_dim"] and loaded.classes != state["classes"]:
+    if state and not state["model_config"]["label_dim"]:        # where the network has no classes, no image has one
+        loaded = Dataset(loaded.images, torch.zeros_like(loaded.labels), state["classes"])
+    if state and loaded.classes != state["classes"]:
         raise UsageError(f"the classes of --dataset {args.dataset} are not those of the checkpoint")
     counts = loaded.labels.bincount(minlength=len(loaded.classes))
     if counts.max() > 1.1 * counts.min() and processes.MAIN:

@@ -171,6 +171,6 @@ def distances(images, labels, real, extractor, neighbours=None):
     values.update(precision=manifold["precision"], recall=manifold["recall"])
     if extractor.name == "FID":
         values["inception_score"] = isc_features_to_metric(logits)["inception_score_mean"]
-    elif logits is not None and labels is not None:
+    elif logits is not None and labels is not None and labels.any():    # all of one class: it says nothing
         values["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     return values

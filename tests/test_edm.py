@@ -1,3 +1,4 @@
+import argparse
 import collections
 import io
 import math
@@ -259,6 +260,12 @@ def test_a_file_is_a_teacher_of_cifar10(tmp_path):
     assert of_others["classes"] == ["0", "1", "2"]
     with pytest.raises(checkpoint.CheckpointError, match=r"net.pt .* it asks for 'posix.mkdir'"):
         checkpoint.load(write(tmp_path / "net.pt", Reduced(os.mkdir, str(tmp_path / "ran"))))
+
+
+def test_images_for_a_network_without_classes_have_none_either(tmp_path):
+    state = checkpoint.load(write(tmp_path / "net.pkl", ema_of(tiny(label_dim=0))))
+    found = data.from_flags(argparse.Namespace(dataset="shapes", data_dir=None), state)
+    assert found.classes == state["classes"] == [""] and not found.labels.any()
 
 
 def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys):
