@@ -91,7 +91,7 @@ def guided(denoise, cfg_scale=1.0, cfg_interval=None, guide=None, autoguidance_s
         sigma = torch.as_tensor(sigma, device=x_t.device)
         inside = (low < sigma) & (sigma <= high)                                    # [], or [B, 1, 1, 1]
         x0_hat = denoise(x_t, sigma, labels)
-        if cfg_interval and sigma.numel() == 1 and not inside:
+        if cfg_interval and sigma.ndim == 0 and not inside:
             return x0_hat
         away = 0                                                                    # [B, 3, 32, 32]
         if w != 1:

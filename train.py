@@ -34,6 +34,7 @@ from support import (
 from support.ema import EMA
 from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
+from support.recorded import recorded
 from support.run import Run
 from unified_model import UnifiedModel
 
@@ -218,15 +219,14 @@ def main(argv=None):
         for network in filter(None, (generator, guidance.fake_unet, guidance.real_unet, guidance.guide)):
             network.compile(dynamic=False)          # the GAN's two batches in one would make shapes look variable
 
-    # --- the loop ----------------------------------------------------------------------------------------------------
-    for step in run.steps():
-        rng = StepRandom(args.seed, step, device, *processes.SHARE)
+    # --- the step, and the loop --------------------------------------------------------------------------------------
+    @recorded(device, args.compile and args.record)
+    def train_step(rng, trains_generator, num_steps, x_real, real_labels, factor):  # x_real: [B, 3, 32, 32]
         z = rng.normal(share, 3, 32, 32).to(memory_format=torch.channels_last)      # [B, 3, 32, 32]
         labels = rng.integers(0, len(known["classes"]) - 1, share)                  # [B]
-        factor, log = lr_factor(step, args), {}
-        trains_generator = step % args.dfake_gen_update_ratio == 0
+        log = {}
         with torch.set_grad_enabled(trains_generator), hardware.autocast(device, args.precision):
-            x_gen = model.generate(z, labels, rng)                                  # [B, 3, 32, 32]
+            x_gen = model.generate(z, labels, rng, num_steps)                       # [B, 3, 32, 32]
 
         if trains_generator:
             with hardware.autocast(device, args.precision):
@@ -240,7 +240,6 @@ def main(argv=None):
             ema.update_parameters(generator)
             log.update(losses, generator_grad_norm=grad_norm)
 
-        x_real, real_labels = batches(step) if gan else (None, None)                # [B, 3, 32, 32], [B]
         if gan and args.flip:
             x_real = data.random_flip(x_real, rng)
         with hardware.autocast(device, args.precision):
@@ -252,6 +251,14 @@ def main(argv=None):
         grad_norm = clip_grad_norm_(guidance_parameters, args.max_grad_norm)
         guidance_optimizer.step(factor)
         log.update(losses, **logits, fake_grad_norm=grad_norm)
+        return log
+
+    for step in run.steps():
+        rng = StepRandom(args.seed, step, device, *processes.SHARE)
+        trains_generator = step % args.dfake_gen_update_ratio == 0
+        num_steps = 1 + rng.choice(args.num_denoising_steps)    # of the generator, in this step of the training
+        x_real, real_labels = batches(step) if gan else (None, None)                # [B, 3, 32, 32], [B]
+        log = train_step(rng, trains_generator, num_steps, x_real, real_labels, lr_factor(step, args))
 
         run.count(**log)
         if run.every(args.sample_every):

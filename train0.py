@@ -17,6 +17,7 @@ from support import checkpoint, data, errors, flags, hardware, networks, picture
 from support.ema import EMA
 from support.optimizers import Optimizer, lr_factor
 from support.randomness import StepRandom, image_noise
+from support.recorded import recorded
 from support.run import Run
 
 # Why each value, and what else was tried: docs/tuning.md.
@@ -105,10 +106,9 @@ def main(argv=None):
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
 
-    # --- the loop ----------------------------------------------------------------------------------------------------
-    for step in run.steps():
-        rng = StepRandom(args.seed, step, device, *processes.SHARE)
-        x_0, labels = batches(step)                                                 # [B, 3, 32, 32], [B]
+    # --- the step, and the loop --------------------------------------------------------------------------------------
+    @recorded(device, args.compile and args.record)
+    def train_step(rng, x_0, labels, factor):                                       # [B, 3, 32, 32], [B]
         n = len(x_0)
         if args.flip:
             x_0 = data.random_flip(x_0, rng)
@@ -125,15 +125,20 @@ def main(argv=None):
         loss.backward()
         processes.average_gradients(net.parameters())
         grad_norm = clip_grad_norm_(net.parameters(), args.max_grad_norm)
-        lr = args.lr * lr_factor(step, args)
-        optimizer.step(lr_factor(step, args))
+        optimizer.step(factor)
         optimizer.zero_grad()
         ema.update_parameters(net)
+        return dict(loss=loss, grad_norm=grad_norm)
 
-        run.count(loss=loss, grad_norm=grad_norm, lr=lr)
+    for step in run.steps():
+        rng, factor = StepRandom(args.seed, step, device, *processes.SHARE), lr_factor(step, args)
+        log = train_step(rng, *batches(step), factor)
+
+        run.count(**log, lr=args.lr * factor)
         if run.every(args.sample_every):
             run.grid("teacher", rows, sample(grid_z, grid_labels))
-        if args.guide_at and run.step >= args.guide_at * args.steps and not guide.exists() and grad_norm.isfinite():
+        late = args.guide_at and run.step >= args.guide_at * args.steps
+        if late and not guide.exists() and log["grad_norm"].isfinite():
             checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep(): no resume may miss it
         run.keep()
 

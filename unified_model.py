@@ -33,15 +33,15 @@ class UnifiedModel(nn.Module):
         self.feedforward_model = copy.deepcopy(teacher).train().requires_grad_(True)
         self.guidance_model = GuidanceModel(teacher, sigma_min=sigma_min, **guidance)
 
-    def generate(self, z, labels, rng=None):
+    def generate(self, z, labels, rng=None, num_steps=None):
         """Generated images to learn from; z and the result are [B, 3, 32, 32], labels [B].
 
         One step: x_gen = G(z sigma_cond, sigma_cond, y). Several: the generator's image after 1 to num_denoising_steps
-        of them, drawn by rng, so that each is trained on what it will be given when sampling (DMD2, section 4.5,
-        backward simulation); gradients come from the last one alone.
+        of them, num_steps or drawn by rng, so that each is trained on what it will be given when sampling (DMD2,
+        section 4.5, backward simulation); gradients come from the last one alone.
         """
-        steps, rng = len(self.denoising_sigmas), rng or fresh_random(z.device)
-        sigmas = self.denoising_sigmas[: 1 + rng.choice(steps)] if steps > 1 else self.denoising_sigmas
+        rng = rng or fresh_random(z.device)
+        sigmas = self.denoising_sigmas[: num_steps or 1 + rng.choice(len(self.denoising_sigmas))]
         return few_step_sample(self.feedforward_model, z, labels, sigmas, lambda i: rng.normal(*z.shape))
 
     def generator_turn(self, x_gen, labels, rng=None):

@@ -13,17 +13,20 @@ class EMA(AveragedModel):
 
     def __init__(self, model, decay):
         super().__init__(model)
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            self.n_averaged = self.n_averaged.to(device)
         self.decay = decay
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def update_parameters(self, model):
-        # AveragedModel's own method copies its counter to the device and waits for it, in every step; here the counter
-        # stays on the CPU. Buffers are copied, as there.
-        n = int(self.n_averaged)
-        decay = min(self.decay, (1 + n) / (10 + n))
+        # AveragedModel's own method waits for the device in every step; here a GPU counts for itself, which can be
+        # recorded. Buffers are copied, as there.
+        n = self.n_averaged.double()
+        weight = 1 - ((1 + n) / (10 + n)).clamp(max=self.decay)
         averaged, current = list(self.module.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_(averaged, current, [weight.float()] * len(averaged) if n.is_cuda else weight.item())
         for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
             averaged.copy_(current)
         self.n_averaged += 1

@@ -100,6 +100,10 @@ def add_common(parser):
 def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save_every):
     """Flags of the two training scripts."""
     add_common(parser)
+    parser.add_argument(
+        "--record", action=argparse.BooleanOptionalAction, default=True,
+        help="with --compile on one GPU: record the kernels of a step once and replay them",
+    )
     parser.add_argument("--run_dir", type=path, default=run_dir, help="where checkpoint, logs and grids/ go")
     parser.add_argument("--steps", type=count, default=steps, help="steps in all, those before a resume included")
     parser.add_argument("--batch_size", type=count, default=batch_size, help="images per step")

@@ -10,53 +10,69 @@ import math
 
 import torch
 
+from support import hardware
+
 MOMENTUM = 0.95
+# (a, b, c) of polynomials a x + b x^3 + c x^5, to be applied in turn: each comes as near to 1 as its degree can on what
+# those before make of [0.005, 1], and the last to within 0.083 (Polar Express: Amsel et al. 2025, arXiv 2505.16932).
+POLYNOMIALS = (
+    (8.298703, -24.430498, 18.090304),
+    (3.915221, -2.921130, 0.559223),
+    (3.174604, -2.380433, 0.497826),
+    (2.189463, -1.567221, 0.407887),
+)
 
 
-def orthogonal(matrix):
-    """About U V^T of a matrix U S V^T [n, k]: the same directions, with singular values of 0.6 to 1.3.
+def symmetric(a, b):
+    """a b^T [..., n, n] where that is known to be symmetric, for three quarters of its products."""
+    half = a.shape[-2] // 2
+    top = a[..., :half, :] @ b.mT                                                   # [..., n/2, n]
+    corner = a[..., half:, :] @ b[..., half:, :].mT                                 # [..., n/2, n/2]
+    return torch.cat([top, torch.cat([top[..., half:].mT, corner], -1)], -2)
 
-    Five steps of Newton-Schulz' iteration, with the coefficients of Jordan et al. 2024
-    (kellerjordan.github.io/posts/muon), which favour speed over exactness; the least of the values may stay smaller.
+
+def inverse_root(gram, dtype):
+    """About G^(-1/2) of positive semidefinite matrices [m, n, n]; less where an eigenvalue is near 0."""
+    norm = gram.norm(dim=(1, 2), keepdim=True) + 1e-14          # at least the largest eigenvalue, [m, 1, 1]
+    gram, q = gram / norm, None
+    for i, (a, b, c) in enumerate(POLYNOMIALS, 1):
+        last = i == len(POLYNOMIALS)
+        if last:                                    # all eigenvalues that count are above bf16's rounding by now
+            gram, q = gram.to(dtype), q.to(dtype)
+        # P = a I + b G + c G^2;    Q <- Q P;    G <- P^2 G
+        p = b * gram + c * symmetric(gram, gram)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        q = p if q is None else symmetric(q, p)
+        if not last:
+            gram = symmetric(symmetric(p, p), gram)
+    return q / norm.sqrt()
+
+
+def orthogonalize(matrices, dtype=torch.float32):
+    """Turns each matrix U S V^T [n, k] into about U V^T, in place: the same directions, with singular values near 1.
+
+    Muon's iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon) applies odd polynomials to X. Here it is
+    X <- Q X with Q a polynomial of G = X X^T: all products but two are of small squares, those of one size in a batch.
+    What is below 0.005 of the largest singular value stays smaller.
+
+    Args:
+        matrices: float32.
+        dtype: of the last products, on which bf16 costs no more than it does in Muon's iteration. The others stay
+            float32, on a GPU too: G has the squares of the singular values, so its rounding reaches the small ones.
     """
-    x = matrix.mT if len(matrix) > matrix.shape[1] else matrix                      # the smaller product
-    x = x / (x.norm() + 1e-7)                       # no singular value above 1
-    for _ in range(5):
-        # X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if len(matrix) > matrix.shape[1] else x
+    wide = [x.mT if len(x) > x.shape[1] else x for x in matrices]                   # n <= k
+    with hardware.full_float32(matrices[0].device):
+        grams = [symmetric(x, x) for x in wide]                                     # [n, n]
+        for n in {len(gram) for gram in grams}:
+            same = [i for i, gram in enumerate(grams) if len(gram) == n]
+            for i, q in zip(same, inverse_root(torch.stack([grams[i] for i in same]), dtype), strict=True):
+                wide[i].copy_(q.to(dtype) @ wide[i].to(dtype))
 
 
-def direction(update, dtype):
-    """Where Muon steps for an update U [out, in, h, w]: 0.2 sqrt(max(n, k)) orthogonal(U) of its matrix [n, k]."""
-    # A channels_last weight lies in memory as [out, h, w, in]: in this order of the columns nothing is copied.
-    matrix = update.permute(0, 2, 3, 1)                                             # [out, h, w, in]
-    found = orthogonal(matrix.flatten(1).to(dtype)).to(update.dtype).contiguous()   # [n, k] = [out, h w in]
-    return found.mul_(0.2 * max(found.shape) ** 0.5).view(matrix.shape).permute(0, 3, 1, 2)
-
-
-class Replayed:
-    """A function of a list of tensors to another, whose kernels a GPU records at the first call and then replays.
-
-    The recording is of these shapes, and returns the same memory each time: use what it returns before the next call.
-    """
-
-    def __init__(self, function):
-        self.function, self.inputs = function, []
-
-    def __call__(self, tensors):
-        if not tensors or not tensors[0].is_cuda:
-            return self.function(tensors)
-        if [t.shape for t in tensors] != [t.shape for t in self.inputs]:
-            self.inputs = [t.clone() for t in tensors]
-            self.function(self.inputs)              # what the libraries make at their first use must not be recorded
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(self.inputs)
-        torch._foreach_copy_(self.inputs, tensors)
-        self.graph.replay()
-        return self.outputs
+def as_matrix(weight):
+    """A view [out, in h w] of a weight [out, in, h, w] as it lies in memory; no order of the columns matters here."""
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+    return (weight.permute(0, 2, 3, 1) if channels_last else weight).view(len(weight), -1)
 
 
 class Muon(torch.optim.Optimizer):
@@ -70,20 +86,18 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         groups: as for any optimizer of torch, of weights [out, in, h, w].
-        bf16: whether to compute the products so, where it is fast; else they are float32.
+        bf16: whether to compute the last products so, where it is fast; else they are float32.
+
+    step() overwrites the gradients.
     """
 
     def __init__(self, groups, bf16):
         super().__init__(groups, dict(lr=0.0))
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        # Replayed, as launching these small products one by one took a third of a step on an H100 (docs/tuning.md).
-        self.directions = [
-            Replayed(lambda updates: [direction(update, dtype) for update in updates]) for _ in self.param_groups
-        ]
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self):
-        for group, directions in zip(self.param_groups, self.directions, strict=True):
+        for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
                 continue
@@ -94,8 +108,11 @@ class Muon(torch.optim.Optimizer):
             gradients = [weight.grad for weight in weights]
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-            torch._foreach_add_(weights, directions(updates), alpha=-group["lr"])
+            torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # in place: on a CPU new memory takes six times as long
+            orthogonalize([as_matrix(gradient) for gradient in gradients], self.dtype)
+            torch._foreach_mul_(gradients, [0.2 * max(len(g), g[0].numel()) ** 0.5 for g in gradients])
+            torch._foreach_mul_(gradients, group["lr"])
+            torch._foreach_sub_(weights, gradients)
 
 
 class Optimizer:
@@ -118,12 +135,13 @@ class Optimizer:
             ]
 
         self.networks, self.rates = list(rates), list(rates.values())
-        self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True))
+        self.recordable = any(p.is_cuda for network in rates for p in network.parameters())
+        self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True, capturable=self.recordable))
         if name == "muon":
             self.parts["muon"] = Muon(groups(True), bf16)
 
     def step(self, factor=1.0):
-        """One step at factor times the peak learning rates."""
+        """One step at factor times the peak learning rates; where the step is recorded factor is a 0-d tensor."""
         for part in self.parts.values():
             for group, lr in zip(part.param_groups, self.rates, strict=True):
                 group["lr"] = lr * factor
@@ -140,6 +158,8 @@ class Optimizer:
         """Raises KeyError or ValueError if it is that of other networks or of another optimizer."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        for group in self.parts["adam"].param_groups:
+            group["capturable"] = self.recordable   # here, whatever it was where the state was saved
 
 
 def lr_factor(step, args):

@@ -4,38 +4,44 @@ import pytest
 import torch
 from conftest import call
 
-from support import hardware
 from tools import benchmark
 
 
-def test_every_part_is_timed_in_every_mode_and_the_arithmetic_is_counted(tmp_path):
+def test_every_step_is_timed_and_its_arithmetic_counted(tmp_path):
     out = tmp_path / "new" / "benchmark.json"
-    flags = ["--channels", "8", "--batch_size", "2", "--repeats", "3", "--modes", "fp32", "bf16", "--device", "cpu"]
+    flags = ["--channels", "8", "--batch_size", "2", "--repeats", "1", "--device", "cpu", "--optimizer", "muon"]
     assert call(benchmark, *flags, "--out", str(out)) == 0
     report = json.loads(out.read_text())
-    flops = report["gflop_per_image"]
-    assert set(report["modes"]) == {"fp32", "bf16"} and len(flops) == 5
-    for mode in report["modes"].values():
-        for name in flops:
-            low, high = mode[name]["quartiles_ms"]
-            assert 0 < low <= mode[name]["ms"] <= high
-            assert mode[name]["images_per_second"] == pytest.approx(2000 / mode[name]["ms"], rel=0.05)
-    # In units of one forward: Heun 35; a training step 3, but for the first layer, which has no gradient to pass on.
-    one = flops["sample_one_step"]
-    assert flops["sample_heun"] == pytest.approx(35 * one, rel=0.01)
-    assert flops["teacher_step"] == pytest.approx(3 * one, rel=0.05)
-    assert flops["guidance_turn"] == pytest.approx(4 * one, rel=0.05)
-    assert flops["generator_turn"] == pytest.approx(5 * one, rel=0.05)
+    for part in report["parts"].values():
+        launched = part["launched"]
+        assert launched["images_per_second"] == pytest.approx(2000 / launched["ms"], rel=0.05)
+        flops = part["gflop_per_image"] * launched["images_per_second"]
+        assert launched["fraction_of_matmul"] == pytest.approx(flops / report["matmul_gflops"], rel=0.05)
+    # In units of one evaluation, of which a training step makes 3: it, and both halves of its backward pass.
+    one = report["parts"]["teacher_step"]["gflop_per_image"] / 3
+    # The guided teacher takes 3, fake_unet 1 and 3, the generator 3; in the other turn only its image is made.
+    assert report["parts"]["both_turns"]["gflop_per_image"] == pytest.approx(10 * one, rel=0.02)
+    assert report["parts"]["guidance_turn"]["gflop_per_image"] == pytest.approx(4 * one, rel=0.02)
+
+
+def test_a_trace_gives_the_time_of_kernels_and_counts_a_graph_as_one_launch():
+    def event(cat, name, dur=1.0):
+        return dict(cat=cat, name=name, dur=dur, ph="X")
+
+    events = [event("kernel", "conv", 1500), event("gpu_memcpy", "copy", 250), event("gpu_memset", "fill", 250)]
+    events += [event("cuda_runtime", name) for name in ("cudaLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync")]
+    events += [event("cuda_driver", "cuLaunchKernelEx"), event("cuda_runtime", "cudaDeviceSynchronize", 9e9)]
+    events += [event("gpu_user_annotation", "Optimizer.step", 9e9), dict(ph="M", name="process_name")]
+    assert benchmark.read_trace(dict(traceEvents=events)) == dict(kernel_ms=2.0, launches=4)
 
 
 def test_a_matrix_product_is_counted_as_2_n_cubed(monkeypatch):
     products = []
 
-    def one_second(function, device):
-        products.append(function())
-        return 1000.0
+    def one_second(call, device, repeats):
+        products.append(call(0))
+        return dict(ms=1000.0)
 
-    monkeypatch.setattr(benchmark, "milliseconds", one_second)
-    monkeypatch.setattr(hardware, "has_fast_bf16", lambda device: False)
-    assert benchmark.matmul_peak(torch.device("cpu"), torch.bfloat16) == 2 * 2048**3
+    monkeypatch.setattr(benchmark, "time_step", one_second)
+    assert benchmark.matmul_peak(torch.device("cpu"), bf16=False) == 2 * 2048**3
     assert products[0].shape == (2048, 2048) and products[0].dtype == torch.float32

@@ -1,6 +1,7 @@
 import argparse
 import collections
 import io
+import json
 import math
 import os
 import pickle
@@ -22,6 +23,7 @@ from edm_unet import Block, EDMUNet
 from model import SimpleUNet
 from support import checkpoint, data, edm_pickle, networks
 from support.randomness import image_noise
+from tools import benchmark
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "edm-tiny.pkl"            # published format, random weights; its embedded source raises when it is run
@@ -264,7 +266,8 @@ def test_a_file_is_a_teacher_of_cifar10(tmp_path):
 
 def test_images_for_a_network_without_classes_have_none_either(tmp_path):
     state = checkpoint.load(write(tmp_path / "net.pkl", ema_of(tiny(label_dim=0))))
-    found = data.from_flags(argparse.Namespace(dataset="shapes", data_dir=None), state)
+    folder = str(image_tree(tmp_path / "images"))
+    found = data.from_flags(argparse.Namespace(dataset="folder", data_dir=folder), state)
     assert found.classes == state["classes"] == [""] and not found.labels.any()
 
 
@@ -284,9 +287,8 @@ def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys):
 def test_a_student_with_a_gan_resumes_bit_for_bit(tmp_path, label_dim, steps):
     teacher = write(tmp_path / "net.pkl", ema_of(tiny(channel_mult=[1, 1, 1], label_dim=label_dim)))
     images = image_tree(tmp_path / "images", classes=("0", "1"))
-    flags = [*SHORT, "--teacher", str(teacher), "--dataset", "folder", "--data_dir", str(images)]
-    flags += ["--gen_cls_loss_weight", "1e-3", "--dfake_gen_update_ratio", "3"]
-    flags += ["--save_every", "20", "--sample_every", "20"]
+    flags = [*SHORT, "--preset", "edm", "--no-compile", "--save_every", "20", "--sample_every", "20"]
+    flags += ["--teacher", str(teacher), "--dataset", "folder", "--data_dir", str(images)]
     for run, end in (("whole", steps), ("halves", steps // 2), ("halves", steps)):
         assert call(train, *flags, "--resume", "--run_dir", str(tmp_path / run), "--steps", str(end)) == 0
     whole, halves = (checkpoint.load(tmp_path / run, kind="student") for run in ("whole", "halves"))
@@ -302,6 +304,16 @@ def test_a_student_with_a_gan_resumes_bit_for_bit(tmp_path, label_dim, steps):
     flags = ["--device", "cpu", "--num_images", "2", "--out", str(tmp_path / "grid.png")]
     assert call(sample, *flags, "--checkpoint", str(slim)) == 0
     assert isinstance(networks.averaged(checkpoint.load(slim)), EDMUNet)
+
+
+def test_its_turns_are_timed(tmp_path):
+    teacher, out = write(tmp_path / "net.pkl", ema_of(tiny(label_dim=0))), tmp_path / "benchmark.json"
+    flags = ["--teacher", str(teacher), "--batch_size", "2", "--repeats", "1", "--device", "cpu"]
+    assert call(benchmark, *flags, "--out", str(out)) == 0
+    flops = {name: part["gflop_per_image"] for name, part in json.loads(out.read_text())["parts"].items()}
+    # In units of one evaluation: the teacher 1, fake_unet 1 and 3, the generator 3; in the other turn its image alone.
+    assert set(flops) == {"both_turns", "guidance_turn"}
+    assert flops["both_turns"] / flops["guidance_turn"] == pytest.approx(8 / 4, rel=0.02)
 
 
 def test_a_checkpoint_names_its_network():

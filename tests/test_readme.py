@@ -16,8 +16,11 @@ NAMES = sorted(str(path.relative_to(ROOT)) for folder in (".", "docs", "results"
                for path in (ROOT / folder).glob("*.md"))
 TEXTS = {name: (ROOT / name).read_text() for name in NAMES}
 README, MAKEFILE = TEXTS["README.md"], (ROOT / "Makefile").read_text()
-ELSEWHERE = {"--nproc_per_node", "--logdir"}        # torchrun's and tensorboard's
-SCRIPTS = ["train0.py", "train.py", "sample.py", "evaluate.py", "tools.features", "tools.benchmark", "tools.tables"]
+ELSEWHERE = {"--nproc_per_node", "--logdir", "--directory"}         # torchrun's, tensorboard's, http.server's
+SCRIPTS = [
+    "train0.py", "train.py", "sample.py", "evaluate.py", "tools.features", "tools.benchmark", "tools.tables",
+    "tools.export",
+]
 
 
 def code(text):

@@ -1,54 +1,57 @@
-"""How fast this machine trains and samples, and how near that is to what its arithmetic allows.
+"""How fast the training steps run here, and how near that is to what the machine's arithmetic allows.
 
     python -m tools.benchmark                            # the 64-channel network on the best device
-    python -m tools.benchmark --channels 32 --batch_size 32 --modes fp32 bf16
-    python -m tools.benchmark --teacher edm-cifar10-32x32-cond-vp.pkl
+    python -m tools.benchmark --channels 32 --batch_size 64 --precision fp32
+    python -m tools.benchmark --teacher edm-cifar10-32x32-cond-vp.pkl --batch_size 64
 
-Times, each in float32 (contiguous, no TF32), in bf16 (channels_last) and in bf16 compiled:
-    teacher_step     forward, backward, optimizer and EMA of train0.py
-    generator_turn   of train.py: generate, DM loss, backward, optimizer and EMA
-    guidance_turn    of train.py: generate without gradient, fake loss, backward, optimizer
-    sample_one_step  one evaluation an image
-    sample_heun      18 Heun steps, 35 evaluations an image
-The modes take turns, so that a slow minute of the machine is shared: medians and quartiles of the repeats.
+The steps are those of train0.py and train.py by preset cifar10_gpu, taken out of their loops:
+    teacher_step     forward, backward, clipping, optimizer and EMA of train0.py
+    both_turns       of train.py, as in every dfake_gen_update_ratio-th step
+    guidance_turn    of train.py, as in the other steps
+On CUDA each launched kernel by kernel, and recorded and replayed as one (support/recorded.py). Milliseconds a step: of
+the whole, of the host until all is launched, of the kernels alone; and how many launches the host makes.
 """
 
-import copy
+import contextlib
+import io
+import json
+import signal
 import statistics
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import diffusion
-from model import SimpleUNet
-from support import checkpoint, errors, flags, hardware, networks, records, resume
-from support.ema import EMA
-from support.optimizers import Optimizer
+import train
+import train0
+from support import errors, flags, hardware, records
 from support.randomness import StepRandom
-from unified_model import UnifiedModel
+from support.recorded import WARM_UP, Recorded
 
-# precision, memory format, compiled
-MODES = dict(
-    fp32=("fp32", torch.contiguous_format, False), bf16=("bf16", torch.channels_last, False),
-    compiled=("bf16", torch.channels_last, True),
-)
+PARTS = ("teacher_step", "both_turns", "guidance_turn")
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(description="Time the parts of training and sampling.")
-    parser.add_argument("--seed", type=flags.natural, default=0, help="of weights and images")
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
+    parser = flags.Parser(description="Time the steps of training.")
+    flags.add_common(parser)
+    parser.set_defaults(compile=None)               # as the next two: by the device
     parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
-    parser.add_argument("--teacher", type=flags.path, help="time the network of this checkpoint, or .pkl of EDM's")
-    parser.add_argument("--batch_size", type=flags.count, default=64, help="images per step")
-    parser.add_argument("--optimizer", choices=["adam", "muon"], default="adam", help="as in the training scripts")
-    parser.add_argument("--repeats", type=flags.number(int, 3), default=7, help="timed runs of each part in each mode")
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="which to time")
+    parser.add_argument(
+        "--teacher", type=flags.path, help="distil this one, without guidance; default: one of --channels, with it"
+    )
+    parser.add_argument("--batch_size", type=flags.count, help="images per step; default: 512 on CUDA, else 64")
+    parser.add_argument("--optimizer", choices=["adam", "muon"], default="muon", help="as in the training scripts")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which to time")
+    parser.add_argument("--repeats", type=flags.count, help="timed steps of each part; default: 20 on CUDA, else 3")
+    parser.add_argument(
+        "--max_seconds", type=flags.positive, help="begin no further part after so many; default: no limit"
+    )
     parser.add_argument("--out", type=flags.path, default="runs/benchmark.json", help="the JSON")
     args = parser.parse_args(argv)
-    args.precision = "auto"
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
     if Path(args.out).is_dir() or not flags.writable(args.out):
@@ -56,149 +59,152 @@ def parse_args(argv=None):
     return args
 
 
-def network(args):
-    """The network to time: of --channels, or of --teacher."""
-    if args.teacher:
-        with resume.restoring(args.teacher):
-            return networks.averaged(checkpoint.load(args.teacher)).requires_grad_(True)
-    torch.manual_seed(args.seed)
-    net = SimpleUNet(args.channels)
-    for parameter in net.parameters():              # a fresh network's zeros would make its arithmetic too easy
-        torch.nn.init.normal_(parameter, std=0.02)
-    return net
+class Taken(BaseException):
+    """Carries a training script's step, and the arguments of its first call, out of the loop."""
 
 
-def parts(args, net, device, mode):
-    """name -> function that does the part once, with networks of its own for this mode."""
-    precision, memory_format, compiled = MODES[mode]
-    teacher = copy.deepcopy(net)
-    model = UnifiedModel(teacher).to(device, memory_format=memory_format)
-    teacher = teacher.to(device, memory_format=memory_format)
-    generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
-    sampled = copy.deepcopy(teacher).eval().requires_grad_(False)                   # as networks.averaged gives it
-    bf16 = hardware.uses_bf16(device, precision)
-    optimizers = {net: Optimizer(args.optimizer, {net: 1e-6}, bf16) for net in (teacher, generator, fake_unet)}
-    emas = {net: EMA(net, 0.999) for net in (teacher, generator)}
-    if compiled:
-        torch._dynamo.config.recompile_limit = 32   # they all share one forward, each with and without gradient
-        for net in (teacher, generator, fake_unet, model.guidance_model.real_unet, sampled):
-            net.compile()
-    rng = StepRandom(args.seed, 0, device)
-    z = rng.normal(args.batch_size, 3, 32, 32).to(memory_format=memory_format)
-    labels = torch.arange(args.batch_size, device=device) % max(1, net.label_dim)
-    sigma = diffusion.lognormal_sigma(rng.normal(args.batch_size, 1, 1, 1))
-    x_0 = torch.rand_like(z) * 2 - 1
-    x_t = x_0 + sigma * z
+def take(script, argv):
+    """The step (rng, *arguments) of a training script, and such arguments."""
+    def carry_out(step):
+        def first_call(rng, *arguments):
+            raise Taken(step, arguments)
+        return first_call
 
-    def update(net, loss):
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
-        optimizers[net].step()
-        optimizers[net].zero_grad()
-        if net in emas:
-            emas[net].update_parameters(net)
-
-    def autocast():
-        return hardware.autocast(device, precision)
-
-    def teacher_step():
-        with autocast():
-            x0_hat = teacher(x_t, sigma, labels)
-        update(teacher, (diffusion.karras_weight(sigma) * (x0_hat - x_0) ** 2).mean())
-
-    def generator_turn():
-        with autocast():
-            losses, _ = model.generator_turn(model.generate(z, labels), labels, rng)
-        update(generator, losses["loss_dm"])
-
-    def guidance_turn():
-        with autocast():
-            with torch.no_grad():
-                x_gen = model.generate(z, labels)
-            losses, _ = model.guidance_turn(x_gen, labels, rng)
-        update(fake_unet, losses["loss_fake"])
-
-    @torch.no_grad()
-    def sample_one_step():
-        with autocast():
-            diffusion.few_step_sample(sampled, z, labels, [80.0], None)
-
-    def sample_heun():
-        with autocast():
-            diffusion.heun_sample(sampled, z, labels, 18)
-
-    return dict(
-        teacher_step=teacher_step, generator_turn=generator_turn, guidance_turn=guidance_turn,
-        sample_one_step=sample_one_step, sample_heun=sample_heun,
-    )
+    with mock.patch.object(script, "recorded", lambda device, wanted: carry_out):
+        try:
+            script.main(argv)
+        except Taken as taken:
+            return taken.args
+        finally:                                    # no loop is there any more that would look at a signal to stop
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def milliseconds(function, device):
-    """Of one call; on CUDA of five in a row by events, as the host's clock would only see the launches."""
-    if device.type == "cuda":
-        calls, start, end = 5, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(calls):
-            function()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / calls
+def steps(args, device, folder):
+    """Yields name, step and arguments of each part; those of train.py with --teacher, or one of three steps."""
+    common = ["--preset", "cifar10_gpu", "--seed", str(args.seed), "--device", str(device)]
+    common += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--optimizer", args.optimizer]
+    compiled = ["--compile" if args.compile else "--no-compile"]
+    network = ["--dataset", "shapes", "--channels", str(args.channels)]
+    if "teacher_step" in args.parts and not args.teacher:
+        yield "teacher_step", *take(train0, [*common, *network, *compiled, "--run_dir", f"{folder}/taken"])
+    if {"both_turns", "guidance_turn"} & set(args.parts):
+        teacher = ["--teacher", f"{folder}/teacher"]            # no longer with the zeros that a network starts with
+        if args.teacher:
+            teacher = ["--teacher", args.teacher, "--cfg_scale", "1", "--autoguidance_scale", "1"]
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                few = ["--no-compile", "--steps", "3", "--batch_size", "8", "--warmup_steps", "0"]
+                train0.main([*common, *network, *few, "--run_dir", teacher[1]])
+        step, (_, *others) = take(train, [*common, *compiled, *teacher, "--run_dir", f"{folder}/student"])
+        for name in ("both_turns", "guidance_turn"):
+            if name in args.parts:
+                yield name, step, (name == "both_turns", *others)
+
+
+def stepper(step, seed, device, arguments):
+    """i -> the step with the random numbers of step i, drawn as the loops do."""
+    return lambda i: step(StepRandom(seed, i, device), *arguments)
+
+
+def wait(device):
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def time_step(call, device, repeats):
+    """Of call(i), which is warm: milliseconds of calls in a row, and those of the host in one alone."""
+    wait(device)
     start = time.perf_counter()
-    function()
-    if device.type == "mps":
-        torch.mps.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    for i in range(repeats):
+        call(i)
+    wait(device)
+    whole, hosts = time.perf_counter() - start, []
+    for i in range(3):
+        start = time.perf_counter()
+        call(i)
+        hosts.append(time.perf_counter() - start)
+        wait(device)
+    return dict(ms=1e3 * whole / repeats, host_ms=1e3 * statistics.median(hosts))
 
 
-def matmul_peak(device, dtype):
-    """Measured FLOP/s of a large matrix product, the best of ten; in float32 where dtype is emulated."""
+def profile_step(call, folder, repeats=3):
+    """Of call(i) on CUDA: milliseconds of the kernels, and the host's launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(repeats):
+            call(i)
+        torch.cuda.synchronize()
+    trace = Path(folder) / "trace.json"
+    profile.export_chrome_trace(str(trace))
+    return {name: number / repeats for name, number in read_trace(json.loads(trace.read_text())).items()}
+
+
+def read_trace(trace):
+    """From a trace of torch.profiler: milliseconds of all kernels, copies and fills, and the launches of them.
+
+    A graph counts as one launch, whatever it holds.
+    """
+    kernel_ms, calls = 0.0, Counter()
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            kernel_ms += event["dur"] / 1e3         # microseconds
+        elif event.get("cat") in ("cuda_runtime", "cuda_driver"):
+            calls[event["name"]] += 1
+    words = ("Launch", "Memcpy", "Memset")
+    return dict(kernel_ms=kernel_ms, launches=sum(n for name, n in calls.items() if any(w in name for w in words)))
+
+
+def count_flops(call):
+    """Arithmetic of the networks in call(0), forward and backward, in FLOP; that of the optimizer is left out."""
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        call(0)
+    outermost = [counts for name, counts in counter.get_flop_counts().items() if name != "Global" and "." not in name]
+    return sum(sum(counts.values()) for counts in outermost)
+
+
+def matmul_peak(device, bf16):
+    """FLOP/s of a large matrix product on this machine, in bf16 or float32: the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
-    if dtype == torch.bfloat16 and not hardware.has_fast_bf16(device):
-        dtype = torch.float32                       # an emulated product, 100 times as slow, is nobody's peak
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(milliseconds(lambda: a @ b, device) / 1e3 for _ in range(10))
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
+    calls = 10 if device.type == "cuda" else 1
+    return 2 * n**3 / min(time_step(lambda i: a @ b, device, calls)["ms"] / 1e3 for _ in range(10))
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = hardware.start(args)
-    began = time.perf_counter()
-    net = network(args)
-    functions = {mode: parts(args, net, device, mode) for mode in args.modes}
-    names = list(functions[args.modes[0]])
-    flops, peak, times = {}, {}, {(mode, name): [] for mode in args.modes for name in names}
-    for name, function in parts(args, net, device, "fp32").items():
-        with FlopCounterMode(display=False) as counter:
-            function()
-        flops[name] = counter.get_total_flops()
-    for mode in args.modes:
-        hardware.allow_tf32(mode != "fp32")
-        peak[mode] = matmul_peak(device, torch.float32 if mode == "fp32" else torch.bfloat16)
-        for name in names:
-            functions[mode][name]()                 # warm up; compiles
-    for _ in range(args.repeats):
-        for mode, name in times:
-            hardware.allow_tf32(mode != "fp32")
-            times[mode, name].append(milliseconds(functions[mode][name], device))
-
-    table = {}
-    for mode in args.modes:
-        table[mode] = dict(matmul_gflops=round(peak[mode] / 1e9, 1))
-        print(f"{mode}: matrix product {peak[mode] / 1e9:.0f} GFLOP/s")
-        for name in names:
-            low, median, high = statistics.quantiles(times[mode, name], n=4)
-            images_per_second, share = args.batch_size / median * 1e3, flops[name] / (median / 1e3) / peak[mode]
-            table[mode][name] = dict(
-                ms=round(median, 2), quartiles_ms=[round(low, 2), round(high, 2)],
-                images_per_second=round(images_per_second, 1), fraction_of_matmul=round(share, 3),
-            )
-            print(f"  {name:16} {median:10.2f} ms  {images_per_second:10.1f} images/s  {100 * share:5.1f} % of it")
+    cuda, bf16, began = device.type == "cuda", hardware.uses_bf16(device, args.precision), time.perf_counter()
+    args.compile = cuda if args.compile is None else args.compile
+    args.batch_size, args.repeats = args.batch_size or (512 if cuda else 64), args.repeats or (20 if cuda else 3)
+    peak = matmul_peak(device, bf16)
+    print(f"{'bf16' if bf16 else 'float32'} matrix product: {peak / 1e12:.3g} TFLOP/s")
+    parts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, step, arguments in steps(args, device, folder):
+            if args.max_seconds and time.perf_counter() - began > args.max_seconds:
+                print(f"{name}: left out, after {args.max_seconds:g} seconds")
+                continue
+            modes = dict(launched=step, recorded=Recorded(step)) if cuda else dict(launched=step)
+            flops = count_flops(stepper(step, args.seed, device, arguments))
+            parts[name] = dict(gflop_per_image=round(flops / args.batch_size / 1e9, 6))
+            for mode, function in modes.items():
+                call = stepper(function, args.seed, device, arguments)
+                for i in range(WARM_UP + 1):
+                    call(i)
+                found = time_step(call, device, args.repeats)
+                found.update(profile_step(call, folder) if cuda else {})
+                speed, share = args.batch_size / found["ms"] * 1e3, flops / (found["ms"] / 1e3) / peak
+                numbers = {key: round(value, 2) for key, value in found.items()}
+                parts[name][mode] = dict(
+                    numbers, images_per_second=round(speed, 1), fraction_of_matmul=round(share, 4)
+                )
+                shown = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
+                print(f"{name} {mode}: {speed:.0f} images/s, {100 * share:.1f} % of the product; {shown}", flush=True)
     report = dict(
-        what="medians and quartiles; modes in turn; fraction of this machine's measured matrix product",
-        network=networks.described(net), batch_size=args.batch_size, optimizer=args.optimizer, repeats=args.repeats,
-        seed=args.seed, gflop_per_image={name: round(n / args.batch_size / 1e9, 6) for name, n in flops.items()},
-        modes=table, seconds=round(time.perf_counter() - began, 1),
+        what="milliseconds a step; fraction of this machine's measured matrix product", matmul_gflops=peak / 1e9,
+        bf16=bf16, compiled=args.compile, batch_size=args.batch_size, repeats=args.repeats,
+        **(dict(teacher=args.teacher) if args.teacher else dict(channels=args.channels)),
+        optimizer=args.optimizer, seed=args.seed, parts=parts, seconds=round(time.perf_counter() - began, 1),
     )
     records.write_json(args.out, report, device)
     print(args.out)

@@ -1,0 +1,154 @@
+"""A training step as one launch: a GPU records its kernels once, and from then on replays them.
+
+    @recorded(device, args.compile)
+    def train_step(rng, x_0, labels, factor):       # batch, loss, backward, optimizer, EMA
+        ...
+        return dict(loss=loss)                      # 0-d tensors, to be logged
+
+    log = train_step(StepRandom(seed, step, device), x_0, labels, lr_factor(step, args))
+
+Launched one by one, the kernels of a step keep an H100 busy for half of it (docs/tuning.md). A replay repeats them on
+the same memory, so all that changes from step to step has to lie in memory that stays: the random numbers, drawn by
+(seed, step) as ever, tensors, and floats as 0-d tensors. Any other argument decides which kernels run: for each value
+of it there is one recording. Within the step nothing may ask the GPU for a number: no item(), no `if tensor`.
+
+How: torch's notes on CUDA graphs, "Whole-network capture" (docs.pytorch.org/docs/stable/notes/cuda.html).
+"""
+
+import torch
+
+from support import processes
+
+WARM_UP = 3                                         # calls before a recording: they compile and make what stays
+
+
+def recorded(device, wanted):
+    """Decorator of a training step: Recorded on one GPU, where wanted; elsewhere the step as it is."""
+    records = wanted and device.type == "cuda" and processes.WORLD == 1
+    return Recorded if records else lambda step: step
+
+
+class Recorded:
+    """A training step (rng, *arguments) -> dict of 0-d tensors; once it is warm its recording is replayed.
+
+    Raises RuntimeError if the step cannot be recorded.
+    """
+
+    def __init__(self, step):
+        self.step, self.recordings = step, {}
+
+    def __call__(self, rng, *arguments):
+        key = tuple(key_of(argument) for argument in arguments)
+        if key not in self.recordings:
+            self.recordings[key] = Recording(self, arguments, rng.device)
+        return self.recordings[key](rng, arguments)
+
+    def warm_up(self, call):
+        """What call() returns, run on the stream that will record: autograd remembers where a weight was first used."""
+        stream, current = self.stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            result = call()
+        current.wait_stream(stream)
+        return result
+
+    def record(self, call):
+        """A function that replays the kernels of call() and returns its tensor, in the same memory each time."""
+        graph, stream = torch.cuda.CUDAGraph(), self.stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+                result = call()
+        except RuntimeError as error:
+            raise RuntimeError(f"this step cannot be recorded, try --no-record: {error}") from error
+
+        def replay():
+            graph.replay()
+            return result
+
+        return replay
+
+    def stream(self):
+        """Of warm-ups and recordings; these share memory, as no two run at once and none needs what another left."""
+        if not hasattr(self, "side"):
+            self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        return self.side
+
+
+class Recording:
+    """The recording of a step for arguments of one key."""
+
+    def __init__(self, recorded, arguments, device):
+        self.recorded, self.calls, self.replay = recorded, 0, None
+        self.memory = [fixed(argument, device) for argument in arguments]
+
+    def __call__(self, rng, arguments):
+        refill(self.memory, arguments)
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            listener = Listener(rng)
+            log = self.recorded.warm_up(lambda: self.recorded.step(listener, *self.memory))
+            self.names, self.requests = list(log), listener.requests
+            return {name: value.detach() for name, value in log.items()}
+        numbers = [getattr(rng, name)(*args) for name, args in self.requests]
+        if self.replay is None:
+            self.numbers = numbers
+            self.replay = self.recorded.record(self.logged)
+        elif numbers:
+            refill(self.numbers, numbers)
+        # A copy, as the next replay overwrites it.
+        return dict(zip(self.names, self.replay().clone().unbind(), strict=True))
+
+    def logged(self):
+        log = self.recorded.step(Prompter(self.requests, self.numbers), *self.memory)
+        return torch.stack([log[name].detach().float() for name in self.names])
+
+
+class Listener:
+    """A StepRandom that remembers what it is asked for."""
+
+    def __init__(self, rng):
+        self.rng, self.requests = rng, []
+
+    def __getattr__(self, name):
+        def draw(*args):
+            self.requests.append((name, args))
+            return getattr(self.rng, name)(*args)
+
+        return draw
+
+
+class Prompter:
+    """Gives the numbers that lie in fixed memory for the requests of a Listener, in the same order."""
+
+    def __init__(self, requests, numbers):
+        self.answers = zip(requests, numbers, strict=True)
+
+    def __getattr__(self, name):
+        def draw(*args):
+            request, numbers = next(self.answers, (None, None))
+            if request != (name, args):
+                raise RuntimeError(f"it asked for {request} before, now for {(name, args)}")
+            return numbers
+
+        return draw
+
+
+def key_of(argument):
+    if torch.is_tensor(argument):
+        return argument.shape
+    return float if isinstance(argument, float) else argument
+
+
+def fixed(argument, device):
+    """Memory for arguments like this one."""
+    if torch.is_tensor(argument):
+        return torch.empty_like(argument)
+    return torch.empty((), device=device) if isinstance(argument, float) else argument
+
+
+def refill(memory, arguments):
+    for place, argument in zip(memory, arguments, strict=True):
+        if isinstance(argument, float):
+            place.fill_(argument)
+        elif torch.is_tensor(argument):
+            place.copy_(argument)

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# What a quarter of an hour of one GPU is used for; nothing is downloaded. Not seen on a GPU.
+#
+#     tools/gpu.sh speed OUT                 # the benchmark, and the tests of devices: four minutes at most
+#     tools/gpu.sh teacher OUT SECONDS DATA  # of the images in the folder DATA, DATA/<class>/<image>
+#     tools/gpu.sh student OUT SECONDS       # of that teacher
+#     tools/gpu.sh keep OUT NAME             # teacher, guide or student: its averaged weights, in pieces of 15 MB
+#
+# The steps of teacher and student follow from what `speed` measured, so that each ends in its seconds, its cosine
+# whole. OUT gets logs, grids and weights (cat OUT/teacher.pt.* > teacher.pt); the runs themselves stay in runs/gpu.
+# From the environment: PYTHON (python3), PRESET (cifar10_gpu), FLAGS for the program that runs (none).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3} PRESET=${PRESET:-cifar10_gpu} RUNS=runs/gpu
+mkdir -p "$2" "$RUNS"
+# What the benchmark compiles, training need not.
+export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=10 TORCHINDUCTOR_CACHE_DIR="$PWD/$RUNS/inductor"
+
+# steps OUT SECONDS PART...: as many as fit, a minute set aside to begin and a tenth of the rest; the parts take turns.
+steps() {
+    "$PYTHON" - "$@" <<'PYTHON'
+import json, sys
+out, seconds, *names = sys.argv[1:]
+parts = json.load(open(f"{out}/benchmark.json"))["parts"]
+ms = [parts[name].get("recorded", parts[name]["launched"])["ms"] for name in names]
+print(max(20, int(0.9 * (float(seconds) - 60) / (sum(ms) / len(ms) / 1e3))))
+PYTHON
+}
+
+# train SCRIPT OUT NAME SECONDS STEPS FLAGS...
+train() {
+    local script=$1 out=$2 name=$3 minutes steps=$5
+    minutes=$("$PYTHON" -c "print(max(0.3, ($4 - 20) / 60))")
+    shift 5
+    "$PYTHON" "$script" --preset "$PRESET" --run_dir "$RUNS/$name" --steps "$steps" --max_minutes "$minutes" \
+        "$@" ${FLAGS:-} 2>&1 | tee "$out/$name.txt"
+    cp "$RUNS/$name/log.jsonl" "$out/$name.jsonl"
+    cp "$(find "$RUNS/$name/grids" -name '*teacher*.png' | sort | tail -n 1)" "$out/$name.png"
+}
+
+case $1 in
+speed)
+    timeout 160 "$PYTHON" -m tools.benchmark --max_seconds 100 ${FLAGS:-} --out "$2/benchmark.json" 2>&1 \
+        | tee "$2/benchmark.txt" || echo "the benchmark failed, or took too long"
+    timeout 80 "$PYTHON" -m pytest -q -n 0 tests/test_devices.py 2>&1 | tee "$2/tests.txt" \
+        || echo "the tests failed, or took too long"
+    ;;
+teacher)
+    train train0.py "$2" teacher "$3" "$(steps "$2" "$3" teacher_step)" --dataset folder --data_dir "$4"
+    ;;
+student)                                            # whose presets train the generator in every other step
+    train train.py "$2" student "$3" "$(steps "$2" "$3" both_turns guidance_turn)" --teacher $RUNS/teacher
+    ;;
+keep)
+    declare -A files=([teacher]=teacher/checkpoint.pt [guide]=teacher/guide.pt [student]=student/checkpoint.pt)
+    "$PYTHON" - "$RUNS/${files[$3]}" "$RUNS/$3.pt" <<'PYTHON'
+import sys
+from support import checkpoint
+checkpoint.save(sys.argv[2], checkpoint.slim(checkpoint.load(sys.argv[1])), compressed=True)
+PYTHON
+    split -b 15000000 -d "$RUNS/$3.pt" "$2/$3.pt."
+    ;;
+*)
+    echo "tools/gpu.sh speed|teacher|student|keep OUT ..." >&2
+    exit 2
+    ;;
+esac
