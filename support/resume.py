@@ -68,7 +68,7 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
         processes.main_only(print)(f"--preset {preset} by the images and the device (--preset none: the plain losses)")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    check(args, state, fixed)
+    check(args, state, {name: parser.get_default(name) for name in fixed})
     args.preset, args.given, args.stamp = preset, given, stamp
     return args, state
 
@@ -90,7 +90,7 @@ def check_folder(args, found):
 
 
 def check(args, state, fixed):
-    """Raise UsageError if flags exclude one another, or those that are fixed differ from the resumed run's."""
+    """Raise UsageError if flags exclude one another, or differ from the resumed run's: fixed ones, name -> default."""
     if args.sigma_min >= args.sigma_max:
         raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
     if args.batch_size % (processes.WORLD * args.accumulate):
@@ -98,8 +98,8 @@ def check(args, state, fixed):
         raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {parts}")
     if state and args.batch_size != state["settings"]["batch_size"] and processes.MAIN:
         print(f"note: the batches were of {state['settings']['batch_size']} images before", file=sys.stderr)
-    for name in fixed if state else ():
-        saved = state["settings"].get(name, parser.get_default(name))               # no such flag in an older version
+    for name, default in fixed.items() if state else ():
+        saved = state["settings"].get(name, default)            # no such flag in an older version
         none_yet = name == "dataset" and saved is None          # a student without a GAN that was not measured either
         if getattr(args, name) != saved and not none_yet:
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
