@@ -44,7 +44,8 @@ def parse_args(argv=None):
     flags.add_common(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", type=flags.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
+        "--checkpoint", type=flags.path, default="runs/dmd2",
+        help="run folder or checkpoint of a student or a teacher, or a .pkl of EDM's",
     )
     source.add_argument(
         "--npz", type=flags.path,

@@ -40,13 +40,13 @@ def frozen(*modules):
 
 
 class ClassifierHead(nn.Module):
-    """Bottleneck features [B, C, 4, 4] to a logit [B], high where they look real (DMD2, section 4.3)."""
+    """Bottleneck features [B, C, size, size] to a logit [B], high where they look real (DMD2, section 4.3)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, size=4):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU(),
-            nn.Conv2d(channels, channels, 2), group_norm(channels), nn.SiLU(),
+            nn.Conv2d(channels, channels, size // 2), group_norm(channels), nn.SiLU(),
             nn.Conv2d(channels, 1, 1),
         )
 
@@ -73,8 +73,8 @@ class GuidanceModel(nn.Module):
         sigma_min, sigma_max: range of the Karras schedule; images span [-1, 1].
         cfg_scale, cfg_interval, guide, autoguidance_scale: guidance of real_unet, as in diffusion.guided; of
             the guide, a weaker teacher, a copy is kept.
-        gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a SimpleUNet, or have its
-            bottleneck_channels and return_bottleneck.
+        gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a Denoiser of model.py, or
+            have its bottleneck_channels, bottleneck_size and return_bottleneck.
         fake_noise: what fake_unet learns, "all" of the 1000 steps as in the paper, or "dm", the range above, beyond
             which the DM loss never asks it.
         diffusion_gan_max_timestep: the GAN compares images noised to a timestep below this one of 1000; 0: clean ones.
@@ -96,7 +96,7 @@ class GuidanceModel(nn.Module):
         self.real_unet = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.guide = None if guide is None else copy.deepcopy(guide).eval().requires_grad_(False)
         self.fake_unet = copy.deepcopy(teacher).train().requires_grad_(True)
-        self.cls_head = ClassifierHead(teacher.bottleneck_channels) if gan else None
+        self.cls_head = ClassifierHead(teacher.bottleneck_channels, teacher.bottleneck_size) if gan else None
         self.cfg_scale, self.cfg_interval = cfg_scale, cfg_interval
         self.autoguidance_scale, self.f_div, self.batch_mean = autoguidance_scale, f_div, batch_mean
         self.diffusion_gan_max_timestep = diffusion_gan_max_timestep

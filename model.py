@@ -64,8 +64,48 @@ class SelfAttention(nn.Module):
         return x + self.out(a.transpose(-1, -2).reshape(b, c, h, w))
 
 
-class SimpleUNet(nn.Module):
-    """Class-conditional denoiser with EDM preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1).
+class Denoiser(nn.Module):
+    """EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1) around a raw network.
+
+    A subclass has network(x, c_noise, labels, return_bottleneck), and sets sigma_data, config (the arguments that make
+    it again), label_dim, and what the bottleneck has: bottleneck_channels at bottleneck_size x bottleneck_size pixels.
+    """
+
+    def forward(self, x, sigma, labels, return_bottleneck=False):
+        """Estimate the clean image from a noisy one.
+
+        Args:
+            x: noisy images x_t = x_0 + sigma * eps, float [B, 3, 32, 32].
+            sigma: standard deviation of the noise, > 0; a float, or a tensor of shape [], [B] or [B, 1, 1, 1].
+            labels: class indices [B] (int64), -1 for no class.
+            return_bottleneck: return the bottleneck features instead, without running the way up.
+
+        Returns:
+            x0_hat, float32 [B, 3, 32, 32]; or the features [B, bottleneck_channels, bottleneck_size, bottleneck_size].
+
+        Raises:
+            ValueError: sigma has neither one element nor one per image.
+        """
+        x = x.float()
+        if not torch.is_tensor(sigma):              # filled on the device: a copy would make a GPU's queue wait
+            sigma = torch.full((), sigma, device=x.device)
+        sigma = sigma.to(x.device, torch.float32)
+        if sigma.numel() not in (1, x.shape[0]):
+            raise ValueError(f"sigma has shape {tuple(sigma.shape)}, but the batch has {x.shape[0]} images")
+        sigma = sigma.reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)              # [B, 1, 1, 1]
+
+        # Table 1: x0_hat = c_skip x_t + c_out F(c_in x_t, c_noise, label). Float32 whatever the network's precision.
+        sd = self.sigma_data
+        c_skip = sd**2 / (sigma**2 + sd**2)
+        c_out = sigma * sd / (sigma**2 + sd**2).sqrt()
+        c_in = 1 / (sigma**2 + sd**2).sqrt()
+        c_noise = sigma.log() / 4
+        f = self.network(c_in * x, c_noise.flatten(), labels, return_bottleneck)
+        return f if return_bottleneck else c_skip * x + c_out * f.float()           # [B, 3, 32, 32]
+
+
+class SimpleUNet(Denoiser):
+    """Class-conditional denoiser of three levels, attention at the lowest.
 
     Args:
         channels: width C of the first level, a multiple of 8; the levels have 2C, 4C and 8C.
@@ -91,7 +131,7 @@ class SimpleUNet(nn.Module):
         self.sigma_embedding = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(label_dim, emb)
 
-        self.bottleneck_channels = width[-1]
+        self.bottleneck_channels, self.bottleneck_size = width[-1], IMAGE_SIZE // 2**LEVELS
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -111,40 +151,11 @@ class SimpleUNet(nn.Module):
         nn.init.zeros_(self.out_conv.weight)
         nn.init.zeros_(self.out_conv.bias)
 
-    def forward(self, x, sigma, labels, return_bottleneck=False):
-        """Estimate the clean image from a noisy one.
-
-        Args:
-            x: noisy images x_t = x_0 + sigma * eps, float [B, 3, 32, 32].
-            sigma: standard deviation of the noise, > 0; a float, or a tensor of shape [], [B] or [B, 1, 1, 1].
-            labels: class indices [B] (int64), -1 for no class.
-            return_bottleneck: return the bottleneck features instead, without running the way up.
-
-        Returns:
-            x0_hat, float32 [B, 3, 32, 32]; or the features [B, 8 * channels, 4, 4].
-
-        Raises:
-            ValueError: sigma has neither one element nor one per image.
-        """
-        x = x.float()
-        if not torch.is_tensor(sigma):              # filled on the device: a copy would make a GPU's queue wait
-            sigma = torch.full((), sigma, device=x.device)
-        sigma = sigma.to(x.device, torch.float32)
-        if sigma.numel() not in (1, x.shape[0]):
-            raise ValueError(f"sigma has shape {tuple(sigma.shape)}, but the batch has {x.shape[0]} images")
-        sigma = sigma.reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)              # [B, 1, 1, 1]
-
-        # Table 1: x0_hat = c_skip x_t + c_out F(c_in x_t, c_noise, label). Float32 whatever the network's precision.
-        sd = self.sigma_data
-        c_skip = sd**2 / (sigma**2 + sd**2)
-        c_out = sigma * sd / (sigma**2 + sd**2).sqrt()
-        c_in = 1 / (sigma**2 + sd**2).sqrt()
-        c_noise = sigma.log() / 4
-        f = self.network(c_in * x, c_noise.flatten(), labels, return_bottleneck)
-        return f if return_bottleneck else c_skip * x + c_out * f.float()           # [B, 3, 32, 32]
-
     def network(self, x, c_noise, labels, return_bottleneck=False):
-        """The raw network F of table 1; arguments as in forward, x and sigma already preconditioned."""
+        """The raw network F of table 1; arguments as in forward, x and sigma already preconditioned.
+
+        The bottleneck's features are [B, 8 * channels, 4, 4].
+        """
         angles = c_noise[:, None] * self.freqs                                      # [B, C/2]
         emb = self.sigma_embedding(torch.cat([angles.cos(), angles.sin()], dim=1))  # [B, 4C]
         emb = emb + self.label_embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]

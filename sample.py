@@ -33,7 +33,8 @@ def parse_args(argv=None):
     # Here exactness comes first: in bf16 an image would depend a little on the batch it was made in.
     parser.set_defaults(precision="fp32")
     parser.add_argument(
-        "--checkpoint", type=flags.path, default="runs/dmd2", help="run folder or checkpoint of a student or a teacher"
+        "--checkpoint", type=flags.path, default="runs/dmd2",
+        help="run folder or checkpoint of a student or a teacher, or a .pkl of EDM's",
     )
     parser.add_argument("--out", type=flags.path, default="grid.png", help="the grid, a PNG: one class per row")
     parser.add_argument(

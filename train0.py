@@ -12,10 +12,11 @@ import torch
 
 import diffusion
 from model import SimpleUNet
-from support import checkpoint, data, errors, flags, hardware, pictures, processes, resume, teachers, validation
+from support import checkpoint, data, errors, flags, hardware, networks, processes, resume, teachers, validation
 from support.ema import EMA
 from support.meter import add_part
 from support.optimizers import Optimizer, lr_factor
+from support.pictures import MAX_ROWS
 from support.randomness import StepRandom, image_noise
 from support.recorded import recorded
 from support.run import Run
@@ -106,8 +107,9 @@ def main(argv=None):
     def describe():
         """What sampling, distillation and autoguidance need of the teacher."""
         return dict(
-            kind="teacher", classes=dataset.classes, model_config=net.config, model_ema=ema.module.state_dict(),
-            ema_decay=ema.decay, sigma_min=args.sigma_min, sigma_max=args.sigma_max, label_dropout=args.label_dropout,
+            kind="teacher", classes=dataset.classes, model_config=networks.described(net),
+            model_ema=ema.module.state_dict(), ema_decay=ema.decay, label_dropout=args.label_dropout,
+            sigma_min=args.sigma_min, sigma_max=args.sigma_max,
         )
 
     def sample(z, labels, renoise=None):
@@ -118,7 +120,7 @@ def main(argv=None):
     run = Run(args, state, device, parts, describe, sample, measure)
     del state                                       # several times the size of the network
     guide = run.path / checkpoint.GUIDE
-    rows = min(len(dataset.classes), pictures.MAX_ROWS)
+    rows = min(len(dataset.classes), MAX_ROWS)
     grid_z = image_noise(args.seed, range(8 * rows)).to(device)
     grid_labels = torch.arange(8 * rows, device=device) % rows
 

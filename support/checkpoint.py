@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from support import processes
+from support import edm_pickle, processes
 from support.errors import UsageError
 
 FORMAT = "dmd2 checkpoint 1"
@@ -81,7 +81,7 @@ def find(path):
 
 
 def load(path, kind=None):
-    """Read and check a checkpoint.
+    """Read and check a checkpoint; one of EDM's published networks is read as a teacher's.
 
     Args:
         path: a file, or a run folder.
@@ -95,11 +95,30 @@ def load(path, kind=None):
         what = f"no {NAME} in this folder" if Path(path).is_dir() else "no such file or folder"
         raise CheckpointError(f"no checkpoint at {path}: {what}")
     try:
+        with open(file, "rb") as opened:
+            pickled = opened.read(1) == b"\x80"     # as pickles begin, and torch's zip files do not
+        state = edm_pickle.teacher(file) if pickled else read(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except edm_pickle.Refused as error:
+        raise CheckpointError(f"{file} is not a checkpoint, nor a network of EDM's to read here: {error}") from error
+    if state.get("kind") not in list(KINDS) or any(key not in state for key in KINDS[state["kind"]]):
+        raise CheckpointError(f"{file} is incomplete")
+    if not consistent(state):
+        raise CheckpointError(f"{file} contradicts itself: its classes, noise levels or step are not what they can be")
+    if kind and state["kind"] != kind:
+        raise CheckpointError(f"{file} holds a {state['kind']}, but a {kind} is needed")
+    return state
+
+
+def read(file):
+    """What is in a checkpoint's file, by today's names."""
+    try:
         with zipfile.ZipFile(file) as archive:      # torch's format is a zip: its checksums find cuts and flipped bits
             damaged = archive.testzip()
         state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except OSError:
+        raise
     except Exception as error:                      # many types, as a damaged file can break any layer of the reader
         raise CheckpointError(f"{file} is not a checkpoint, or is damaged ({type(error).__name__})") from error
     if damaged:
@@ -107,12 +126,6 @@ def load(path, kind=None):
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a checkpoint of this project ({FORMAT})")
     upgrade(state)
-    if state.get("kind") not in list(KINDS) or any(key not in state for key in KINDS[state["kind"]]):
-        raise CheckpointError(f"{file} is incomplete")
-    if not consistent(state):
-        raise CheckpointError(f"{file} contradicts itself: its classes, noise levels or step are not what they can be")
-    if kind and state["kind"] != kind:
-        raise CheckpointError(f"{file} holds a {state['kind']}, but a {kind} is needed")
     return state
 
 
@@ -150,7 +163,7 @@ def consistent(state):
     numbers = [state["step"], state["sigma_min"], state["sigma_max"], *(levels if isinstance(levels, list) else [None])]
     return (
         isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-        and isinstance(config, dict) and config.get("label_dim") == len(classes) > 0
+        and isinstance(config, dict) and (config.get("label_dim") or 1) == len(classes)
         and isinstance(state.get("settings", {}), dict) and isinstance(state["step"], int)
         and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         and state["step"] >= 0 and 0 <= state["sigma_min"] < state["sigma_max"] and levels and min(levels) > 0

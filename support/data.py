@@ -192,6 +192,8 @@ def from_flags(args, state=None, split="train"):
     if args.dataset is None:
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
     loaded = processes.first_of_host(load, args.dataset, args.data_dir, split)
+    if state and not state["model_config"]["label_dim"]:        # where the network has no classes, no image has one
+        loaded = Dataset(loaded.images, torch.zeros_like(loaded.labels), state["classes"])
     if state and loaded.classes != state["classes"]:
         theirs, ours = few(state["classes"]), few(loaded.classes)
         raise UsageError(f"--dataset {args.dataset} has the classes {ours}; those of the checkpoint are {theirs}")

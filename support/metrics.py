@@ -179,7 +179,7 @@ def distances(images, labels, real, extractor, neighbours=None):
         kid = kid_features_to_metric(one, two, kid_subset_size=subset, verbose=False)
         values["kid"] = kid["kernel_inception_distance_mean"]
         values["inception_score"] = isc_features_to_metric(logits)["inception_score_mean"]
-    elif logits is not None and labels is not None:
+    elif logits is not None and labels is not None and labels.any():    # all of one class: it says nothing
         values["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     one, two = at_most(one, neighbours), at_most(two, neighbours)
     manifold = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)

@@ -4,12 +4,24 @@ import hashlib
 
 import torch
 
+from edm_unet import EDMUNet
 from model import SimpleUNet
+
+NETWORKS = dict(SimpleUNet=SimpleUNet, EDMUNet=EDMUNet)
+
+
+def described(net):
+    """What a checkpoint keeps of a network beside its weights: the name of its class, and its arguments."""
+    return dict(net.config, network=type(net).__name__)
 
 
 def rebuild(config):
-    """A fresh network from its config, the arguments that it was made with."""
-    return SimpleUNet(**config)
+    """A fresh network as described()."""
+    arguments = dict(config)
+    name = arguments.pop("network", "SimpleUNet")   # as all were, before checkpoints said
+    if name not in NETWORKS:
+        raise ValueError(f"its network is a {name!r:.60}, not one of {', '.join(NETWORKS)}")
+    return NETWORKS[name](**arguments)
 
 
 def averaged(state, device="cpu"):

@@ -44,7 +44,7 @@ def inverse_root(gram, dtype):
         if last:                                    # all eigenvalues that count are above bf16's rounding by now
             gram, q = gram.to(dtype), q.to(dtype)
         # P = a I + b G + c G^2;    Q <- Q P;    G <- P^2 G
-        p = b * gram + c * symmetric(gram, gram)
+        p = symmetric(gram, gram).mul_(c).add_(gram, alpha=b)
         p.diagonal(dim1=1, dim2=2).add_(a)
         q = p if q is None else symmetric(q, p)
         if not last:

@@ -50,20 +50,9 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
     parser.set_defaults(**presets.get(preset, {}))
     args = parser.parse_args(argv)
     given = parser.given(argv)
-    seen = checkpoint.stamp(args.run_dir)                      # before it is read
+    stamp = checkpoint.stamp(args.run_dir)          # before it is read
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
-    former = checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG
-    left = [name for name in former if (Path(args.run_dir) / name).exists()]
-    if left and not found and not args.overwrite:   # a new run would take them away
-        raise UsageError(f"{args.run_dir} holds {left[0]} but no {checkpoint.NAME}: --overwrite starts anew in it")
-    if found and not args.resume and not args.overwrite:
-        raise UsageError(f"{args.run_dir} holds a run already: give --resume, --overwrite, or another --run_dir")
-    if args.resume and args.overwrite:
-        raise UsageError("--resume and --overwrite exclude one another")
-    if Path(args.run_dir).exists() and not Path(args.run_dir).is_dir():
-        raise UsageError(f"--run_dir {args.run_dir} is a file")
-    if not flags.writable(args.run_dir):
-        raise UsageError(f"--run_dir {args.run_dir} cannot be written")
+    check_folder(args, found)
     state, defaults = None, {}
     if found and args.resume:
         state = checkpoint.load(found, kind=kind)
@@ -79,6 +68,29 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
         processes.main_only(print)(f"--preset {preset} by the images and the device (--preset none: the plain losses)")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    check(args, state, {name: parser.get_default(name) for name in fixed})
+    args.preset, args.given, args.stamp = preset, given, stamp
+    return args, state
+
+
+def check_folder(args, found):
+    """Raise UsageError unless a run may begin in --run_dir, or go on from the checkpoint found there."""
+    folder = Path(args.run_dir)
+    left = [name for name in (checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG) if (folder / name).exists()]
+    if left and not found and not args.overwrite:   # a new run would take them away
+        raise UsageError(f"{folder} holds {left[0]} but no {checkpoint.NAME}: --overwrite starts anew in it")
+    if found and not args.resume and not args.overwrite:
+        raise UsageError(f"{folder} holds a run already: give --resume, --overwrite, or another --run_dir")
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite exclude one another")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--run_dir {folder} is a file")
+    if not flags.writable(folder):
+        raise UsageError(f"--run_dir {folder} cannot be written")
+
+
+def check(args, state, fixed):
+    """Raise UsageError if flags exclude one another, or differ from the resumed run's: fixed ones, name -> default."""
     if args.sigma_min >= args.sigma_max:
         raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
     if args.batch_size % (processes.WORLD * args.accumulate):
@@ -86,15 +98,13 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
         raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {parts}")
     if state and args.batch_size != state["settings"]["batch_size"] and processes.MAIN:
         print(f"note: the batches were of {state['settings']['batch_size']} images before", file=sys.stderr)
-    for name in fixed if state else ():
-        saved = state["settings"].get(name, parser.get_default(name))               # no such flag in an older version
+    for name, default in fixed.items() if state else ():
+        saved = state["settings"].get(name, default)            # no such flag in an older version
         none_yet = name == "dataset" and saved is None          # a student without a GAN that was not measured either
         if getattr(args, name) != saved and not none_yet:
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
     if args.eval_every:
         validation.check_features(args)
-    args.preset, args.given, args.stamp = preset, given, seen
-    return args, state
 
 
 @contextlib.contextmanager

@@ -24,6 +24,9 @@ def fitting(args):
 def take_shape(args):
     """Set --channels and --blocks of train0.py to those of the teacher of --init."""
     config = checkpoint.load(args.init, kind="teacher")["model_config"]
+    network = config.get("network", "SimpleUNet")
+    if network != "SimpleUNet":
+        raise UsageError(f"--init {args.init} holds a {network}: train0.py trains a SimpleUNet")
     with resume.restoring(args.init):
         for name in ("channels", "blocks"):
             if name in args.given and getattr(args, name) != config[name]:

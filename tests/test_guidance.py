@@ -407,7 +407,7 @@ class MixtureDenoiser(nn.Module):
 class SmallDenoiser(nn.Module):
     """A preconditioned perceptron for "images" of two numbers, [B, 2, 1, 1]."""
 
-    bottleneck_channels = 16
+    bottleneck_channels, bottleneck_size = 16, 4
 
     def __init__(self):
         super().__init__()

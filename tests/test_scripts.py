@@ -88,7 +88,7 @@ def test_teacher_student_and_samples_through_the_real_scripts(tmp_path, tree):
         assert {"checkpoint.pt", "log.jsonl", "tensorboard", "grids"} <= set(os.listdir(run))
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", train0.PRESETS)
 def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
     for script in (train0, train):
         monkeypatch.delitem(script.PRESETS[preset], "compile", raising=False)       # a minute, and tried elsewhere

@@ -2,6 +2,7 @@
 
     python -m tools.benchmark                            # the 64-channel network on the best device
     python -m tools.benchmark --channels 32 --batch_size 64 --precision fp32
+    python -m tools.benchmark --teacher edm-cifar10-32x32-cond-vp.pkl --batch_size 64
 
 The steps are those of train0.py and train.py by preset cifar10_gpu, taken out of their loops:
     teacher_step     forward, backward, clipping, optimizer and EMA of train0.py
@@ -39,6 +40,9 @@ def parse_args(argv=None):
     flags.add_common(parser)
     parser.set_defaults(compile=None)               # as the next two: by the device
     parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
+    parser.add_argument(
+        "--teacher", type=flags.path, help="distil this one, without guidance; default: one of --channels, with it"
+    )
     parser.add_argument("--batch_size", type=flags.count, help="images per step; default: 512 on CUDA, else 64")
     parser.add_argument("--optimizer", choices=["adam", "muon"], default="muon", help="as in the training scripts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which to time")
@@ -77,19 +81,22 @@ def take(script, argv):
 
 
 def steps(args, device, folder):
-    """Yields name, step and arguments of each part; those of train.py with a teacher of three steps."""
+    """Yields name, step and arguments of each part; those of train.py with --teacher, or one of three steps."""
     common = ["--preset", "cifar10_gpu", "--seed", str(args.seed), "--device", str(device)]
     common += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--optimizer", args.optimizer]
     compiled = ["--compile" if args.compile else "--no-compile"]
     network = ["--dataset", "shapes", "--channels", str(args.channels)]
-    if "teacher_step" in args.parts:
+    if "teacher_step" in args.parts and not args.teacher:
         yield "teacher_step", *take(train0, [*common, *network, *compiled, "--run_dir", f"{folder}/taken"])
     if {"both_turns", "guidance_turn"} & set(args.parts):
-        teacher = f"{folder}/teacher"               # no longer with the zeros that a network starts with
-        with contextlib.redirect_stdout(io.StringIO()):
-            few = ["--no-compile", "--steps", "3", "--batch_size", "8", "--warmup_steps", "0"]
-            train0.main([*common, *network, *few, "--run_dir", teacher])
-        step, (_, *others) = take(train, [*common, *compiled, "--teacher", teacher, "--run_dir", f"{folder}/student"])
+        teacher = ["--teacher", f"{folder}/teacher"]            # no longer with the zeros that a network starts with
+        if args.teacher:
+            teacher = ["--teacher", args.teacher, "--cfg_scale", "1", "--autoguidance_scale", "1"]
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                few = ["--no-compile", "--steps", "3", "--batch_size", "8", "--warmup_steps", "0"]
+                train0.main([*common, *network, *few, "--run_dir", teacher[1]])
+        step, (_, *others) = take(train, [*common, *compiled, *teacher, "--run_dir", f"{folder}/student"])
         for name in ("both_turns", "guidance_turn"):
             if name in args.parts:
                 yield name, step, (name == "both_turns", *others)
@@ -195,7 +202,8 @@ def main(argv=None):
                 print(f"{name} {mode}: {speed:.0f} images/s, {100 * share:.1f} % of the product; {shown}", flush=True)
     report = dict(
         what="milliseconds a step; fraction of this machine's measured matrix product", matmul_gflops=peak / 1e9,
-        bf16=bf16, compiled=args.compile, channels=args.channels, batch_size=args.batch_size, repeats=args.repeats,
+        bf16=bf16, compiled=args.compile, batch_size=args.batch_size, repeats=args.repeats,
+        **(dict(teacher=args.teacher) if args.teacher else dict(channels=args.channels)),
         optimizer=args.optimizer, seed=args.seed, parts=parts, seconds=round(time.perf_counter() - began, 1),
     )
     records.write_json(args.out, report, device)

@@ -1,0 +1,210 @@
+"""EDM's published networks (Karras et al. 2022, arXiv 2206.00364), read without running anything that is in the file.
+
+    state = edm_pickle.teacher("edm-cifar10-32x32-cond-vp.pkl")     # as checkpoint.load gives a teacher
+    config, weights = edm_pickle.read("edm-cifar10-32x32-cond-vp.pkl")
+    EDMUNet(**config).load_state_dict(weights)
+
+Such a file is a pickle with the source code of its networks inside, which EDM's own loader runs, and with a second
+pickle inside every tensor. Here whatever the file would call becomes a Call that is never made; then what is known of
+the format is looked up in these records, and only in those of its averaged network, `ema`.
+"""
+
+import collections
+import io
+import math
+import os
+import pickle
+import pickletools
+
+import torch
+
+from diffusion import SIGMA_MAX, SIGMA_MIN
+from edm_unet import EDMUNet
+
+# Ten times what the published files have. Each may cost a hundred times its own size; and Python's stack is too short
+# for the hash of tuples nested too deep.
+MOST_OPCODES, MOST_TUPLES = 1_000_000, 20_000
+
+# Arguments of the file's network that EDMUNet takes; those that do nothing once it is trained, as the inputs for labels
+# of augmentation are zeros and dropout is off; and of all others the values that EDMUNet stands for.
+TAKEN = "model_channels", "label_dim", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions"
+IGNORED = "augment_dim", "dropout"
+FIXED = dict(
+    model_type="SongUNet", embedding_type="positional", encoder_type="standard", decoder_type="standard",
+    channel_mult_noise=1, resample_filter=[1, 1], label_dropout=0, use_fp16=False, img_resolution=32, img_channels=3,
+    sigma_min=0, sigma_max=float("inf"), sigma_data=0.5,
+)
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+MODULES = "SongUNet", "PositionalEmbedding", "Linear", "Conv2d", "GroupNorm", "UNetBlock", "ModuleDict"
+
+
+class Refused(Exception):
+    """Why a file is not read, in one line."""
+
+
+class Call:
+    """What stands for a call that the file asks for: its arguments, and the state that its result would be given."""
+
+    args, state = (), None
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class Persistent(Call):
+    """An object of a class whose source is in the file: (dict(class_name, state, module_src, ..),)."""
+
+
+class ModuleDict(Call):
+    """torch's own, rebuilt by its state alone."""
+
+
+class Parameter(Call):
+    """(tensor, requires_grad, hooks)."""
+
+
+class Tensor(Call):
+    """(storage, offset, size, stride, ..), in elements."""
+
+
+class Storage(Call):
+    """(bytes,): a pickle of torch's format from before its zip files."""
+
+
+GLOBALS = {
+    "torch_utils.persistence._reconstruct_persistent_obj": Persistent,
+    "torch.nn.modules.container.ModuleDict": ModuleDict,
+    "torch._utils._rebuild_parameter": Parameter,
+    "torch._utils._rebuild_tensor_v2": Tensor,
+    "torch.storage._load_from_bytes": Storage,
+    "numpy.dtype": Call, "numpy.core.multiarray.scalar": Call, "numpy._core.multiarray.scalar": Call,
+    "collections.OrderedDict": collections.OrderedDict, "builtins.set": set, "dnnlib.util.EasyDict": dict,
+}
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in GLOBALS:
+            raise Refused(f"it asks for {f'{module}.{name}'[:80]!r}, which is not in the files of EDM's networks")
+        return GLOBALS[f"{module}.{name}"]
+
+
+def teacher(path):
+    """The network in a file as a teacher's checkpoint; raises what read raises.
+
+    The file names no classes: ten are taken to be CIFAR-10's. Without any there is one that has no name, and its label
+    says nothing.
+    """
+    config, weights = read(path)
+    classes = {0: [""], 10: list(CIFAR10)}.get(config["label_dim"])
+    return dict(
+        kind="teacher", step=0, model_config=dict(config, network="EDMUNet"), model_ema=weights, label_dropout=0.0,
+        classes=classes or [str(label) for label in range(config["label_dim"])],
+        sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, settings=dict(dataset="cifar10") if classes else {},
+    )
+
+
+def read(path):
+    """The network in a file: EDMUNet's arguments, and its state, float32.
+
+    Raises:
+        OSError: the file cannot be read.
+        Refused: it is damaged, or not a network that EDMUNet can be.
+    """
+    try:
+        with open(path, "rb") as file:
+            check_opcodes(file)
+            file.seek(0)
+            ema = Unpickler(file).load()["ema"]
+        class_name, state = described(ema)
+        expect(class_name, "EDMPrecond", "class")
+        model = state["_modules"]["model"]
+        expect(described(model)[0], "SongUNet", "class")
+        arguments = configuration(state)
+        found = {name: tensor for name, tensor in tensors(model) if name != "map_augment.weight"}
+        if arguments.get("num_blocks", 1) > len(found):         # or it would be built without end
+            raise Refused(f"it holds {len(found)} tensors, too few for its num_blocks")
+        with torch.device("meta"):
+            net = EDMUNet(**arguments)
+        check_shapes(found, net, os.path.getsize(path))
+        return net.config, {name: materialise(tensor) for name, tensor in found.items()}
+    except (OSError, Refused):
+        raise
+    except Exception as error:                      # many types, as a damaged file can break any line above
+        raise Refused(f"it is damaged, or not in the format of EDM's networks ({type(error).__name__})") from error
+
+
+def check_opcodes(file):
+    """Raise Refused where the pickle is cut off, or where unpickling would take far more memory than the file.
+
+    The memo is an array, as long as the largest index asks; an honest one counts the objects before it.
+    """
+    tuples = 0
+    for count, (opcode, arg, position) in enumerate(pickletools.genops(file)):
+        tuples += opcode.name.startswith("TUPLE")
+        bomb = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > position
+        if bomb or count == MOST_OPCODES or tuples == MOST_TUPLES:
+            raise Refused("it is made to take more memory than it is large")
+
+
+def expect(value, wanted, what):
+    if value != wanted:
+        raise Refused(f"its network has {what} {value!r:.60}, where only {wanted!r} is read")
+
+
+def described(module):
+    """Class name and state of a module, the state a dict."""
+    if isinstance(module, ModuleDict):
+        return "ModuleDict", module.state
+    (meta,) = module.args
+    return meta["class_name"], meta["state"]
+
+
+def configuration(state):
+    """EDMUNet's arguments from the state of the module around the network."""
+    expect(state["_init_args"], (), "arguments without names")
+    for name, value in state["_init_kwargs"].items():
+        if name in FIXED:
+            expect(value, FIXED[name], name)
+        elif name not in TAKEN + IGNORED:
+            raise Refused(f"its network has an argument {name!r:.60}, which EDMUNet has not")
+    given = {name: value for name, value in state["_init_kwargs"].items() if name in TAKEN}
+    return dict(dict(label_dim=0, channel_mult=[1, 2, 2, 2]), **given)              # EDM's defaults, which differ
+
+
+def tensors(module, prefix=""):
+    """Names and Tensors of a module and of those inside it; without the constants of EDM's resampling filters."""
+    class_name, state = described(module)
+    if class_name not in MODULES:
+        raise Refused(f"its network has a module of class {class_name!r:.60}, which EDMUNet has not")
+    for name, value in (state["_parameters"] | state["_buffers"]).items():
+        if value is not None and name != "resample_filter":
+            yield prefix + name, value.args[0] if isinstance(value, Parameter) else value
+    for name, inner in state.pop("_modules").items():           # taken out, so that a module inside itself is an error
+        yield from tensors(inner, f"{prefix}{name}.")
+
+
+def check_shapes(found, net, file_size):
+    """Raise Refused unless the Tensors are those of this network, and fit into the file."""
+    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    shapes = {name: tuple(tensor.args[2]) for name, tensor in found.items()}
+    wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+    if wrong:
+        raise Refused(f"{len(wrong)} of its tensors are not those of its arguments, {wrong[0]!r:.60} for one")
+    if 4 * sum(math.prod(shape) for shape in shapes.values()) > file_size:
+        raise Refused("its tensors are larger than itself")
+
+
+def materialise(tensor):
+    storage, offset, size, stride = tensor.args[:4]
+    (content,), storage.args = storage.args, ()     # let go of, or all would be there twice
+    if not content.startswith(b"\x80"):             # torch reads zip files too, whose members may be compressed
+        raise Refused("a tensor in it is not in the format of torch's pickles")
+    # set_ takes no other numbers than float32, as_strided reaches nowhere outside, the copy leaves the rest behind.
+    flat = torch.empty(0).set_(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    if flat.numel() > len(content) // 4:
+        raise Refused("a tensor in it has fewer numbers than it says")
+    return flat.as_strided(size, stride, offset).clone()
