@@ -2,6 +2,9 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
+# Beside another program the threads of a CPU spend their time spinning for one another: 2000 rounds, then they sleep.
+export GOMP_SPINCOUNT ?= 2000
+
 .PHONY: help demo cifar10 test stress lint clean
 
 help:

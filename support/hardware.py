@@ -1,6 +1,7 @@
 """Device and precision: where the networks run, and in what arithmetic."""
 
 import contextlib
+import os
 import platform
 import resource
 import sys
@@ -19,8 +20,17 @@ def start(args):
         picked = pick_device(args.device, args.precision)
     except ValueError as error:
         raise UsageError(f"--device: {error}") from error
+    if picked.type == "cpu" and torch.get_num_threads() > 1 and others_run() and processes.MAIN:
+        print("note: other programs are at work here; with GOMP_SPINCOUNT=2000 in the environment the threads wait for "
+              "them asleep, which can be many times as fast", file=sys.stderr)
     processes.start()
     return picked
+
+
+def others_run():
+    """Whether other processes compute now and the threads of this one would spin for them; False where nobody knows."""
+    said, found = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ), Path("/proc/loadavg")
+    return not said and found.exists() and int(found.read_text().split()[3].split("/")[0]) > 1
 
 
 def pick_device(name, precision="auto"):

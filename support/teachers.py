@@ -17,8 +17,9 @@ def path(args, say=True):
 
 def fitting(args):
     """The name of the preset for the teacher of --teacher and the machine."""
-    classes = checkpoint.load(path(args, say=False), kind="teacher")["classes"]
-    return resume.fitting(args, figures=classes == shapes.CLASSES)
+    state = checkpoint.load(path(args, say=False), kind="teacher")
+    preset = resume.fitting(args, figures=state["classes"] == shapes.CLASSES)
+    return "edm" if preset == "cifar10_gpu" and state["model_config"].get("network") == "EDMUNet" else preset
 
 
 def take_shape(args):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, call, image_tree, teacher_flags
+from conftest import ROOT, TINY, call, image_tree, teacher_flags
 
 import train
 import train0
@@ -56,6 +56,9 @@ def test_a_student_takes_the_preset_of_its_teacher(tmp_path, monkeypatch, teache
         state, classes=shapes.CLASSES, model_config=config, model_ema=net.state_dict()
     ))
     assert train.parse_args(["--teacher", "a.pt"])[0].preset == "demo"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for path, wanted in ((teacher, "cifar10_gpu"), (f"{ROOT}/tests/data/edm-tiny.pkl", "edm")):
+        assert train.parse_args(["--teacher", path])[0].preset == wanted
 
 
 def test_guidance_that_a_teacher_cannot_give_is_left_out_of_a_preset_and_refused_of_a_flag(tmp_path, teacher, capsys):
