@@ -17,16 +17,16 @@ def conv(c_in, c_out, size=3):
 
 def test_each_polynomial_is_the_nearest_to_1():
     """By Chebyshev's theorem: its error is equally large, with alternating signs, at four points of the interval."""
-    low, high = 0.005, 1.0
+    low, high = 0.01, 1.0
     for a, b, c in POLYNOMIALS:
         x = torch.linspace(low, high, 100_001, dtype=torch.double)
         error = a * x + b * x**3 + c * x**5 - 1
         worst = error.abs().max()
         turns = error[1:-1][(error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) < 0]
         expected = worst * torch.tensor([-1, 1, -1, 1], dtype=torch.double)
-        torch.testing.assert_close(torch.stack([error[0], *turns, error[-1]]), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(torch.stack([error[0], *turns, error[-1]]), expected, rtol=0, atol=5e-5)
         low, high = 1 - worst, 1 + worst
-    assert worst < 0.083
+    assert worst < 0.27
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -39,7 +39,7 @@ def test_orthogonalize_keeps_the_directions_and_evens_the_sizes(dtype, near, dev
     for (u, _, v), x in zip(parts, found, strict=True):
         values = torch.linalg.multi_dot([u.mT, x, v.mT])                            # diagonal: in the same directions
         torch.testing.assert_close(values, values.diagonal().diag(), rtol=0, atol=near)
-        assert (values.diagonal() - 1).abs().max() < 0.083 + near
+        assert (values.diagonal() - 1).abs().max() < 0.27 + near
 
 
 @pytest.mark.parametrize("device", DEVICES)                         # a GPU records the step and replays it
