@@ -101,12 +101,10 @@ def parts(file):
 
 
 def speed():
-    rows = {
-        "teacher step": "teacher_step", "generator turn": "generator_turn", "guidance turn": "guidance_turn",
-        "one-step sampling": "sample_one_step", "Heun sampling, 35 evaluations": "sample_heun",
-    }
-    return table(["milliseconds for 32 images", "float32, NCHW", "bf16, channels_last", "bf16, compiled"], [
-        [title, *(at(f"speed/benchmark#modes/{mode}/{part}/ms", ",.0f") for mode in ("fp32", "bf16", "compiled"))]
+    rows = {"teacher step": "teacher_step", "both turns": "both_turns", "guidance turn alone": "guidance_turn"}
+    return table(["64 images", "milliseconds", "images/s", "of a large bf16 product"], [
+        [title, *(at(f"speed/benchmark#parts/{part}/launched/{key}", ",.0f") for key in ("ms", "images_per_second")),
+         percent(f"speed/benchmark#parts/{part}/launched/fraction_of_matmul")]
         for title, part in rows.items()
     ])
 
