@@ -37,8 +37,7 @@ PARTS = ("teacher_step", "both_turns", "guidance_turn")
 
 def parse_args(argv=None):
     parser = flags.Parser(description="Time the steps of training.")
-    flags.add_common(parser)
-    parser.set_defaults(compile=None)               # as the next two: by the device
+    flags.add_common(parser, compile=None)
     parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
     parser.add_argument(
         "--teacher", type=flags.path, help="distil this one, without guidance; default: one of --channels, with it"
