@@ -5,9 +5,10 @@ RUN := .venv/bin/python
 # Beside another program the threads of a CPU spend their time spinning for one another: 2000 rounds, then they sleep.
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: help demo cifar10 test stress lint clean
+.PHONY: help install demo cifar10 test stress lint clean
 
 help:
+	@echo "make install   .venv with all that the scripts need: source .venv/bin/activate"
 	@echo "make demo      teacher, student and grids on the built-in dataset, minutes on a CPU"
 	@echo "make cifar10   the same on CIFAR-10, with distances: hours on a CPU; PRESET=cifar10_gpu for a GPU"
 	@echo "make test      lint and tests"
@@ -18,6 +19,8 @@ help:
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet -r $<
 	cp $< $@
+
+install: .venv/requirements.txt
 
 # --resume: an interrupted demo goes on where it was, a finished one only samples again.
 demo: .venv/requirements.txt

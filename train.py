@@ -251,13 +251,13 @@ def main(argv=None):
         guidance_optimizer.step(factor)
         return log
 
-    for step in run.steps(draw_grids):
+    for step in run.steps():
         rngs = [StepRandom(args.seed, step, device, *share) for share in processes.shares(args.accumulate)]
         trains_generator = step % args.dfake_gen_update_ratio == 0
         num_steps = 1 + rngs[0].choice(args.num_denoising_steps)        # of the generator, in this step of the training
         real = batches(step, *processes.SHARE) if gan else (None, None)             # [B, 3, 32, 32], [B]
         run.count(**train_step(rngs, trains_generator, num_steps, *real, lr_factor(step, args)))
-        run.keep()
+        run.keep(draw_grids)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def main(argv=None):
         ema.update_parameters(net)
         return log
 
-    for step in run.steps(draw):
+    for step in run.steps():
         factor = lr_factor(step, args)              # learning rate, as a fraction of its peak
         rngs = [StepRandom(args.seed, step, device, *share) for share in processes.shares(args.accumulate)]
         log = train_step(rngs, *batches(step, *processes.SHARE), factor)
@@ -161,8 +161,8 @@ def main(argv=None):
         run.count(**log, lr=args.lr * factor)
         late = args.guide_at and run.step >= args.guide_at * args.steps
         if late and not guide.exists() and log["grad_norm"].isfinite():
-            checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep(): no resume may miss it
-        run.keep()
+            checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep: no resume may miss it
+        run.keep(draw)
 
 
 if __name__ == "__main__":

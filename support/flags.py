@@ -95,8 +95,8 @@ def writable(path):
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
-def add_common(parser):
-    """Flags of every script."""
+def add_common(parser, compile=False):
+    """Flags of every script; compile: whether they do, None where the device decides."""
     parser.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
@@ -105,8 +105,8 @@ def add_common(parser):
         "preconditioning stay float32",
     )
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile: slow to start, then faster",
+        "--compile", action=argparse.BooleanOptionalAction, default=compile,
+        help="torch.compile: slow to start, then faster" + ("; default: on CUDA" if compile is None else ""),
     )
 
 

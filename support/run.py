@@ -1,10 +1,10 @@
 """Run: what both training loops do around their step.
 
     run = Run(args, state, device, parts, describe, sample, validation)
-    for step in run.steps(draw):                    # until the last one, or a signal to stop
+    for step in run.steps():                        # until the last one, or a signal to stop
         ...                                         # the algorithm
         run.count(loss=loss, grad_norm=grad_norm)   # this step is done; logs
-        run.keep()                                  # draws, saves and measures, as often as asked
+        run.keep(draw)                              # draws, saves and measures, as often as asked
 """
 
 import math
@@ -60,16 +60,8 @@ class Run:
             self.save()
         self.folder.begin(self.step)
 
-    def steps(self, draw):
-        """The steps to take, by number.
-
-        Args:
-            draw: () -> None, which calls grid().
-
-        Raises:
-            SystemExit: a signal has stopped the run, which is saved.
-        """
-        self.draw = draw
+    def steps(self):
+        """The steps to take, by number. Raises SystemExit where a signal has stopped the run, which is saved."""
         if self.step and self.measures() and self.best.get("measured") != self.step:
             self.measure()                          # the run was killed while it did
         self.bar = tqdm(
@@ -119,16 +111,19 @@ class Run:
         """Write images [N, 3, 32, 32], a class per row, panels side by side, as grids/<step>_<name>.png."""
         self.folder.grid(self.step, name, rows, *panels)
 
-    def keep(self):
+    def keep(self, draw):
         """Draw every --sample_every steps, save every --save_every, measure every --eval_every; all at the last step.
 
         Draws and saves when the run is stopped, too, and where those steps take many minutes.
+
+        Args:
+            draw: () -> None, which calls grid().
         """
         if self.stopping:
             self.save()                             # before anything that takes time: the next signal will not wait
         unseen = not self.drawn and over(MINUTES_UNSEEN, self.first_step)
         if self.every(self.args.sample_every) or unseen or self.stopping:
-            self.draw()
+            draw()
             self.drawn = True
         if self.every(self.args.save_every) or self.measures() or over(MINUTES_UNSAVED, self.saved):
             self.save()                             # before a measurement, too: what ends that must not cost steps

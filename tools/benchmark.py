@@ -37,8 +37,7 @@ PARTS = ("teacher_step", "both_turns", "guidance_turn")
 
 def parse_args(argv=None):
     parser = flags.Parser(description="Time the steps of training.")
-    flags.add_common(parser)
-    parser.set_defaults(compile=torch.cuda.is_available())
+    flags.add_common(parser, compile=None)
     parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
     parser.add_argument(
         "--teacher", type=flags.path, help="distil this one, without guidance; default: one of --channels, with it"
@@ -174,6 +173,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = hardware.start(args)
     cuda, bf16, began = device.type == "cuda", hardware.uses_bf16(device, args.precision), time.perf_counter()
+    args.compile = cuda if args.compile is None else args.compile
     args.batch_size, args.repeats = args.batch_size or (512 if cuda else 64), args.repeats or (20 if cuda else 3)
     peak = matmul_peak(device, bf16)
     print(f"{'bf16' if bf16 else 'float32'} matrix product: {peak / 1e12:.3g} TFLOP/s")
