@@ -64,6 +64,12 @@ def tree(tmp_path_factory):
     return str(image_tree(tmp_path_factory.mktemp("data") / "tree"))
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A tree of as many images as a measurement needs."""
+    return str(image_tree(tmp_path_factory.mktemp("data") / "many", n=32))
+
+
 def teacher_flags(tree):
     return ["--dataset", "folder", "--data_dir", tree, "--channels", "8", *TINY]
 

@@ -13,13 +13,13 @@ from support.recorded import Recorded
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, tree, features, device, monkeypatch):
+def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, many, features, device, monkeypatch):
     monkeypatch.setattr(recorded, "WARM_UP", 1)     # so that these few steps are replayed, where they can be
     a, b, cache = (str(tmp_path / name) for name in "abc")
     there = ["--device", device, "--optimizer", "muon", *(["--compile"] if device == "cuda" else [])]
     measured = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features, "--cache_dir", cache]
     first = ["--run_dir", a, "--label_dropout", "0.5", "--precision", "bf16", *measured, *there]
-    assert call(train0, *teacher_flags(tree), *first, "--steps", "2") == 0
+    assert call(train0, *teacher_flags(many), *first, "--steps", "2") == 0
     every_loss = ["--gen_cls_loss_weight", "1e-2", "--f_div", "js", "--max_step_percent", "1"]
     every_loss += ["--cfg_scale", "2", "--cfg_interval", "0.1", "10", "--fake_noise", "dm"]
     every_loss += ["--autoguidance_scale", "2"]

@@ -447,11 +447,11 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
     assert "accuracy unknown: the classes of its test images are others" in capsys.readouterr().out
 
 
-def test_training_measures_itself_and_keeps_the_best_step(tmp_path, tree, features):
+def test_training_measures_itself_and_keeps_the_best_step(tmp_path, many, features):
     evaluation = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features, "--ema_decay", "0.5"]
     evaluation += ["--cache_dir", str(tmp_path / "cache"), "--steps", "5"]
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    assert call(train0, *teacher_flags(tree), "--run_dir", a, *evaluation) == 0
+    assert call(train0, *teacher_flags(many), "--run_dir", a, *evaluation) == 0
     fast = ["--dfake_gen_update_ratio", "1", "--generator_lr", "1e-2", "--warmup_steps", "0"]
     assert call(train, "--teacher", a, "--run_dir", b, *TINY, *evaluation, *fast) == 0
     for run in (a, b):
@@ -481,11 +481,11 @@ def test_training_is_measured_on_other_noise_than_evaluate_takes_at_its_seed(tmp
 
 
 @pytest.mark.parametrize("script", [train0, train])
-def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tmp_path, tree, features, monkeypatch):
+def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tmp_path, many, features, monkeypatch):
     evaluation = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features, *TINY]
     evaluation += ["--cache_dir", str(tmp_path / "cache"), "--save_every", "100", "--steps", "4"]
-    assert call(train0, *teacher_flags(tree), "--run_dir", str(tmp_path / "teacher"), "--steps", "1") == 0
-    flags = teacher_flags(tree) if script is train0 else ["--teacher", str(tmp_path / "teacher")]
+    assert call(train0, *teacher_flags(many), "--run_dir", str(tmp_path / "teacher"), "--steps", "1") == 0
+    flags = teacher_flags(many) if script is train0 else ["--teacher", str(tmp_path / "teacher")]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert call(script, *flags, *evaluation, "--run_dir", str(straight)) == 0
 
@@ -504,7 +504,7 @@ def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tm
 
     resume = [*flags, *evaluation, "--run_dir", str(killed)]
     kill_once(metrics, "distances", lambda *args: True)             # while measuring step 2
-    assert call(script, *resume) == 1 and checkpoint.load(killed)["step"] == 2
+    assert call(script, *resume) == 130 and checkpoint.load(killed)["step"] == 2
     kill_once(checkpoint, "save", lambda path, state: state["best"].get("measured") == 2)   # once that is logged
     assert call(script, *resume, "--resume") == 1
     second = iter([False, True])                    # measures step 2 again, and is killed while measuring step 4
@@ -523,15 +523,15 @@ def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tm
         assert all(torch.equal(one["model_ema"][key], two["model_ema"][key]) for key in one["model_ema"])
 
 
-def test_a_student_of_a_teacher_that_names_no_images_can_be_measured_later(tmp_path, tree, features, capsys):
+def test_a_student_of_a_teacher_that_names_no_images_can_be_measured_later(tmp_path, many, features, capsys):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "1") == 0
+    assert call(train0, *teacher_flags(many), "--run_dir", a, "--steps", "1") == 0
     slim = tmp_path / "slim.pt"
     checkpoint.save(slim, checkpoint.slim(checkpoint.load(a)))
     assert call(train, "--teacher", str(slim), "--run_dir", b, "--steps", "1", *TINY) == 0
     measured = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features]
     measured += ["--cache_dir", str(tmp_path / "cache")]
-    images = ["--dataset", "folder", "--data_dir", tree]
+    images = ["--dataset", "folder", "--data_dir", many]
     assert call(train, "--run_dir", b, "--resume", "--steps", "2", *measured) == 2
     assert "give --dataset" in capsys.readouterr().err
     assert call(train, "--run_dir", b, "--resume", "--steps", "2", *measured, *images) == 0
