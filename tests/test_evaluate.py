@@ -506,10 +506,10 @@ def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tm
     kill_once(metrics, "distances", lambda *args: True)             # while measuring step 2
     assert call(script, *resume) == 130 and checkpoint.load(killed)["step"] == 2
     kill_once(checkpoint, "save", lambda path, state: state["best"].get("measured") == 2)   # once that is logged
-    assert call(script, *resume, "--resume") == 1
+    assert call(script, *resume, "--resume") == 130
     second = iter([False, True])                    # measures step 2 again, and is killed while measuring step 4
     kill_once(metrics, "distances", lambda *args: next(second))
-    assert call(script, *resume, "--resume") == 1 and checkpoint.load(killed)["best"]["measured"] == 2
+    assert call(script, *resume, "--resume") == 130 and checkpoint.load(killed)["best"]["measured"] == 2
     assert call(script, *resume, "--resume") == 0
 
     def rows(run):
