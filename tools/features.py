@@ -110,9 +110,21 @@ def parse_args(argv=None):
     parser.add_argument("--epochs", type=flags.count, help="passes over them; default: 3 for shapes, 6 for others")
     parser.add_argument("--out", type=flags.path, default="features.pt2", help="the network, for evaluate.py")
     args = parser.parse_args(argv)
-    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir() or not flags.writable(args.out):
-        parser.error(f"cannot write {args.out}: it is a folder, or its folder is not there or not writable")
+    check_out(parser, args.out)
     return args
+
+
+def check_out(parser, path):
+    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not flags.writable(path):
+        parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
+
+
+def save(net, path, classes=None):
+    """Write a network of uint8 [N, 3, 32, 32] for metrics.exported, with the names of its classes, if it has any."""
+    example, batch = torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.export.Dim("batch", min=1)
+    program = torch.export.export(net.cpu().eval(), (example,), dynamic_shapes=({0: batch},))
+    names = {archive.CLASSES: json.dumps(classes)}              # so that it judges no other classes
+    records.write(path, lambda file: torch.export.save(program, file, extra_files=names))
 
 
 def main(argv=None):
@@ -124,11 +136,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net = Classifier(recipe["body"](), recipe["width"], len(dataset.classes)).to(device)
     train(net, dataset, recipe, args, device)
-    net = net.cpu().eval()
-    example, batch = torch.zeros(4, *dataset.images.shape[1:], dtype=torch.uint8), torch.export.Dim("batch", min=1)
-    program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
-    names = {archive.CLASSES: json.dumps(dataset.classes)}          # so that it judges no other classes
-    records.write(args.out, lambda file: torch.export.save(program, file, extra_files=names))
+    save(net, args.out, dataset.classes)
     print(args.out)
     try:
         test = read(args, "test")
