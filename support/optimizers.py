@@ -27,11 +27,15 @@ FIRST_SCALE, STEPS_TO_DOUBLE = 2.0**16, 2000
 
 
 def symmetric(a, b):
-    """a b^T [..., n, n] where that is known to be symmetric, for three quarters of its products."""
-    half = a.shape[-2] // 2
-    top = a[..., :half, :] @ b.mT                                                   # [..., n/2, n]
-    corner = a[..., half:, :] @ b[..., half:, :].mT                                 # [..., n/2, n/2]
-    return torch.cat([top, torch.cat([top[..., half:].mT, corner], -1)], -2)
+    """a b^T [..., n, n] where that is known to be symmetric: in float32 on a CPU by blocks, for 5/8 of it."""
+    n = a.shape[-2]
+    if n <= 128 or a.is_cuda or a.dtype != torch.float32:       # whose launches, or copies, would cost what that saves
+        return a @ b.mT
+    a_1, a_2 = a.split([n // 2, n - n // 2], dim=-2)
+    b_1, b_2 = b.split([n // 2, n - n // 2], dim=-2)
+    corner = a_1 @ b_2.mT                                                           # [..., n/2, n/2]
+    top, bottom = torch.cat([symmetric(a_1, b_1), corner], -1), torch.cat([corner.mT, symmetric(a_2, b_2)], -1)
+    return torch.cat([top, bottom], -2)
 
 
 def inverse_root(gram, dtype):
@@ -51,25 +55,35 @@ def inverse_root(gram, dtype):
     return q / norm.sqrt()
 
 
-def orthogonalize(matrices, dtype=torch.float32):
-    """Turns each matrix U S V^T [n, k] into about U V^T, in place: the same directions, with singular values near 1.
+def orthogonalize(matrices, dtype=torch.float32, scales=None):
+    """Each matrix U S V^T [n, k] as about U V^T: the same directions, with singular values near 1.
 
     Muon's iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon) applies odd polynomials to X. Here it is
-    X <- Q X with Q a polynomial of G = X X^T: all products but two are of small squares, those of one size in a batch.
-    What is below 0.01 of the largest singular value stays smaller.
+    Q X, or X Q where X is tall, with Q a polynomial of the small one of X X^T and X^T X: all products but two are of
+    small squares, those of one size in a batch. What is below 0.01 of the largest singular value stays smaller.
 
     Args:
         matrices: float32.
-        dtype: of the last products, on which bf16 costs no more than it does in Muon's iteration. The others stay
-            float32, on a GPU too: G has the squares of the singular values, so its rounding reaches the small ones.
+        dtype: of the last products, on which bf16 costs no more than it does in Muon's iteration, and of the result.
+            The others stay float32, on a GPU too: X X^T has the squares of the singular values, so its rounding reaches
+            the small ones.
+        scales: factors of the results; None: 1.
+
+    Yields:
+        the results one by one, as on a CPU memory that was just in use is many times as fast as new memory.
     """
-    wide = [x.mT if len(x) > x.shape[1] else x for x in matrices]                   # n <= k
+    scales = scales or [1.0] * len(matrices)
+    tall = [len(x) > x.shape[1] for x in matrices]
     with hardware.full_float32(matrices[0].device):
-        grams = [symmetric(x, x) for x in wide]                                     # [n, n]
+        short = [x.mT if is_tall else x for x, is_tall in zip(matrices, tall, strict=True)]
+        grams, roots = [symmetric(x, x) for x in short], [None] * len(matrices)     # [n, n], n <= k
         for n in {len(gram) for gram in grams}:
             same = [i for i, gram in enumerate(grams) if len(gram) == n]
             for i, q in zip(same, inverse_root(torch.stack([grams[i] for i in same]), dtype), strict=True):
-                wide[i].copy_(q.to(dtype) @ wide[i].to(dtype))
+                roots[i] = q
+        for x, is_tall, q, scale in zip(matrices, tall, roots, scales, strict=True):
+            q, x = (q * scale).to(dtype), x.to(dtype)
+            yield x @ q if is_tall else q @ x
 
 
 def as_matrix(weight):
@@ -112,10 +126,10 @@ class Muon(torch.optim.Optimizer):
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # in place: on a CPU new memory takes six times as long
-            orthogonalize([as_matrix(gradient) for gradient in gradients], self.dtype)
-            torch._foreach_mul_(gradients, [0.2 * max(len(g), g[0].numel()) ** 0.5 for g in gradients])
-            torch._foreach_mul_(gradients, group["lr"])
-            torch._foreach_sub_(weights, gradients)
+            updates = [as_matrix(gradient) for gradient in gradients]
+            lengths = [group["lr"] * 0.2 * max(x.shape) ** 0.5 for x in updates]
+            for weight, step in zip(weights, orthogonalize(updates, self.dtype, lengths), strict=True):
+                as_matrix(weight).sub_(step)
 
 
 class Optimizer:
@@ -197,9 +211,13 @@ class Optimizer:
             self.scale, self.good_steps = state.get("scale", (self.scale, self.good_steps))
 
 
-def lr_factor(step, args):
-    """Learning rate at a step, as a fraction of its peak: a linear rise, then constant or half a cosine to zero."""
+def lr_factor(step, args, steps=None):
+    """Learning rate at a step, as a fraction of its peak: a linear rise, then constant or half a cosine to zero.
+
+    Args:
+        steps: of the schedule; None: all those of the run.
+    """
     if step < args.warmup_steps:
         return (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    progress = (step - args.warmup_steps) / max(1, (steps or args.steps) - args.warmup_steps)
     return (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1.0

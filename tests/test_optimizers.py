@@ -34,12 +34,18 @@ def test_each_polynomial_is_the_nearest_to_1():
 def test_orthogonalize_keeps_the_directions_and_evens_the_sizes(dtype, near, device):
     shapes = [(16, 144), (96, 16), (33, 33), (16, 40)]
     parts = [torch.linalg.svd(torch.randn(shape, device=device), full_matrices=False) for shape in shapes]
-    found = [u * (1e3 * torch.logspace(0, -1.5, len(s), device=device)) @ v for u, s, v in parts]
-    orthogonalize(found, dtype)
-    for (u, _, v), x in zip(parts, found, strict=True):
-        values = torch.linalg.multi_dot([u.mT, x, v.mT])                            # diagonal: in the same directions
+    given = [u * (1e3 * torch.logspace(0, -1.5, len(s), device=device)) @ v for u, s, v in parts]
+    for (u, _, v), x in zip(parts, orthogonalize(given, dtype), strict=True):
+        values = torch.linalg.multi_dot([u.mT, x.float(), v.mT])                    # diagonal: in the same directions
         torch.testing.assert_close(values, values.diagonal().diag(), rtol=0, atol=near)
         assert (values.diagonal() - 1).abs().max() < 0.27 + near
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_orthogonalize_scales_each_result(device):
+    given = [torch.randn(shape, device=device) for shape in ((4, 9), (9, 4), (4, 4))]
+    for x, scaled, scale in zip(orthogonalize(given), orthogonalize(given, scales=[1.0, 2.0, 3.0]), (1, 2, 3)):
+        torch.testing.assert_close(scaled, scale * x)
 
 
 @pytest.mark.parametrize("device", DEVICES)                         # a GPU records the step and replays it
