@@ -41,7 +41,8 @@ def pick_device(name, precision="auto"):
     Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and of cuDNN's
     algorithms only those that give the same result each time, which an exact resume needs. On a GPU it may not be
     enough for one: what --compile makes of an embedding's backward adds with atomics, in no fixed order.
-    EDMUNet's attention takes the plain products for the same reason: the fused kernels' backward need not repeat itself.
+    EDMUNet's attention takes the plain products for the same reason: the fused kernels' backward need not repeat
+    itself.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -44,8 +44,9 @@ def test_orthogonalize_keeps_the_directions_and_evens_the_sizes(dtype, near, dev
 @pytest.mark.parametrize("device", DEVICES)
 def test_orthogonalize_scales_each_result(device):
     given = [torch.randn(shape, device=device) for shape in ((4, 9), (9, 4), (4, 4))]
-    for x, scaled, scale in zip(orthogonalize(given), orthogonalize(given, scales=[1.0, 2.0, 3.0]), (1, 2, 3)):
-        torch.testing.assert_close(scaled, scale * x)
+    plain, scaled = orthogonalize(given), orthogonalize(given, scales=[1.0, 2.0, 3.0])
+    for one, other, scale in zip(plain, scaled, (1, 2, 3), strict=True):
+        torch.testing.assert_close(other, scale * one)
 
 
 @pytest.mark.parametrize("device", DEVICES)                         # a GPU records the step and replays it
