@@ -21,6 +21,7 @@ from support import data, errors, flags, hardware, networks, pictures, processes
 from support.ema import EMA
 from support.meter import add_part
 from support.optimizers import Optimizer, lr_factor
+from support.pairs import Pairs
 from support.randomness import StepRandom, image_noise
 from support.recorded import recorded
 from support.run import Run
@@ -84,6 +85,13 @@ def parse_args(argv=None):
     )
     generator.add_argument(
         "--dfake_gen_update_ratio", type=flags.count, default=10, help="guidance turns per generator turn"
+    )
+    generator.add_argument(
+        "--fit_steps", type=flags.natural, default=0,
+        help="first steps, in which the generator learns the image that the teacher's ODE makes of its noise; 0: none",
+    )
+    generator.add_argument(
+        "--ode_pairs", type=flags.count, default=2048, help="such pairs of noise and image that --fit_steps learns from"
     )
     dm = parser.add_argument_group("the distribution matching (DM) loss")
     noise = "noise of the DM loss, as a fraction of the 1000 Karras steps"
@@ -158,6 +166,29 @@ def grids(args, run, model, sample, num_classes, device):
     return draw_grids
 
 
+def fitting(args, model, optimizer, step_generator, num_classes, device, records):
+    """The step of --fit_steps: (step, rngs, factor) -> log."""
+    guided_teacher = model.guidance_model.guided_teacher()
+
+    def sample(z, labels, renoise):                 # in half the steps of sample.py: the images are to be learnt from
+        with hardware.autocast(device, args.precision):
+            return diffusion.heun_sample(guided_teacher, z, labels, 9, args.sigma_min, args.sigma_max)
+
+    pairs = Pairs(sample, args.ode_pairs, num_classes, args.batch_size, args.seed, device, mirrored=args.flip)
+
+    @recorded(device, records)
+    def fit_step(rngs, z, labels, x_ode, factor):
+        log, k = {}, len(rngs)
+        for part in zip(z.chunk(k), labels.chunk(k), x_ode.chunk(k), strict=True):
+            with hardware.autocast(device, args.precision):
+                losses, _ = model.fit_turn(*part)
+            optimizer.backward(losses["loss_fit"] / k)
+            add_part(log, k, **losses)
+        return dict(log, generator_grad_norm=step_generator(factor))
+
+    return lambda step, rngs, factor: fit_step(rngs, *pairs(step, *processes.SHARE), factor)
+
+
 def main(argv=None):
     args, state = parse_args(argv)
     device = hardware.start(args)
@@ -213,8 +244,18 @@ def main(argv=None):
         for network in filter(None, (generator, guidance.fake_unet, guidance.real_unet, guidance.guide)):
             network.compile(dynamic=False)          # the GAN's two batches in one would make shapes look variable
 
-    # --- the step, and the loop --------------------------------------------------------------------------------------
-    @recorded(device, args.compile and args.record and not fp16)
+    # --- the steps, and the loop --------------------------------------------------------------------------------------
+    def step_generator(factor):
+        norm = generator_optimizer.clip(args.max_grad_norm)
+        generator_optimizer.step(factor)
+        generator_optimizer.zero_grad()
+        ema.update_parameters(generator)
+        return norm
+
+    records = args.compile and args.record and not fp16
+    fit_step = fitting(args, model, generator_optimizer, step_generator, len(known["classes"]), device, records)
+
+    @recorded(device, records)
     def train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor):
         log, parts, k = {}, [], len(rngs)           # the batch has --accumulate parts, with a rng each
         for rng in rngs:
@@ -231,10 +272,7 @@ def main(argv=None):
                 add_part(log, k, **losses)
 
         if trains_generator:
-            log["generator_grad_norm"] = generator_optimizer.clip(args.max_grad_norm)
-            generator_optimizer.step(factor)
-            generator_optimizer.zero_grad()
-            ema.update_parameters(generator)
+            log["generator_grad_norm"] = step_generator(factor)
 
         guidance_optimizer.zero_grad()              # of what a generator's loss may have left there
         for part, (rng, x_gen, labels) in enumerate(parts):
@@ -253,10 +291,15 @@ def main(argv=None):
 
     for step in run.steps():
         rngs = [StepRandom(args.seed, step, device, *share) for share in processes.shares(args.accumulate)]
-        trains_generator = step % args.dfake_gen_update_ratio == 0
-        num_steps = 1 + rngs[0].choice(args.num_denoising_steps)        # of the generator, in this step of the training
-        real = batches(step, *processes.SHARE) if gan else (None, None)             # [B, 3, 32, 32], [B]
-        run.count(**train_step(rngs, trains_generator, num_steps, *real, lr_factor(step, args)))
+        factor = lr_factor(step, args)              # learning rates, as a fraction of their peaks
+        if step < args.fit_steps:
+            log = fit_step(step, rngs, factor)
+        else:
+            trains_generator = step % args.dfake_gen_update_ratio == 0
+            num_steps = 1 + rngs[0].choice(args.num_denoising_steps)    # of the generator, in this step of the training
+            real = batches(step, *processes.SHARE) if gan else (None, None)         # [B, 3, 32, 32], [B]
+            log = train_step(rngs, trains_generator, num_steps, *real, factor)
+        run.count(**log)
         run.keep(draw_grids)
 
 

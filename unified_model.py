@@ -2,12 +2,14 @@
 
     model = UnifiedModel(teacher, conditioning_sigma=80.0)
     x_gen = model.generate(z, labels, rng)
+    losses, log = model.fit_turn(z, labels, x_ode)                # of the first steps, where there are pairs
     losses, log = model.generator_turn(x_gen, labels, rng)        # every dfake_gen_update_ratio steps
     losses, log = model.guidance_turn(x_gen, labels, rng)         # every step
 """
 
 import copy
 
+import torch.nn.functional as F
 from torch import nn
 
 from diffusion import SIGMA_MAX, SIGMA_MIN, denoising_sigmas, few_step_sample
@@ -43,6 +45,18 @@ class UnifiedModel(nn.Module):
         rng = rng or fresh_random(z.device)
         sigmas = self.denoising_sigmas[: num_steps or 1 + rng.choice(len(self.denoising_sigmas))]
         return few_step_sample(self.feedforward_model, z, labels, sigmas, lambda i: rng.normal(*z.shape))
+
+    def fit_turn(self, z, labels, x_ode):
+        """The loss of a generator that is to begin as the teacher's sampler, and an empty dict.
+
+        x_ode [B, 3, 32, 32] is the image that the teacher's ODE makes of the noise z, for the same labels (DMD,
+        arXiv 2311.18828, section 3.3, kept up through the training there, with a perceptual distance for the square;
+        DMD2's one-step SDXL begins with it).
+        """
+        sigma = self.denoising_sigmas[:1]
+        x_gen = few_step_sample(self.feedforward_model, z, labels, sigma, renoise=None)
+        # L_fit = mean((G(z sigma_cond, sigma_cond, y) - x_ode)^2)
+        return dict(loss_fit=F.mse_loss(x_gen, x_ode)), {}
 
     def generator_turn(self, x_gen, labels, rng=None):
         """The generator's losses and the DM gradient, two dicts; x_gen carries the gradient to the generator alone."""

@@ -211,13 +211,21 @@ class Optimizer:
             self.scale, self.good_steps = state.get("scale", (self.scale, self.good_steps))
 
 
-def lr_factor(step, args, steps=None):
+def lr_factor(step, args):
     """Learning rate at a step, as a fraction of its peak: a linear rise, then constant or half a cosine to zero.
 
-    Args:
-        steps: of the schedule; None: all those of the run.
+    Before that, in the first --fit_steps of train.py, half a cosine of their own.
     """
+    fit_steps = getattr(args, "fit_steps", 0)
+    if step < fit_steps:
+        return half_cosine(step / fit_steps)
+    step, steps = step - fit_steps, args.steps - fit_steps
     if step < args.warmup_steps:
         return (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, (steps or args.steps) - args.warmup_steps)
-    return (1 + math.cos(math.pi * progress)) / 2 if args.lr_schedule == "cosine" else 1.0
+    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    return half_cosine(progress) if args.lr_schedule == "cosine" else 1.0
+
+
+def half_cosine(progress):
+    """From 1 to 0 on the way from 0 to 1."""
+    return (1 + math.cos(math.pi * progress)) / 2

@@ -196,6 +196,7 @@ EVERYTHING = [
 
 @pytest.mark.parametrize(("at_step", "signum", "more"), [
     (2, signal.SIGINT, []), (5, signal.SIGTERM, ["--ema_decay", "0"]), (4, signal.SIGTERM, EVERYTHING),
+    (2, signal.SIGTERM, ["--fit_steps", "5", "--ode_pairs", "8", "--batch_size", "4"]),
 ])
 def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch, teacher, at_step, signum, more):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")

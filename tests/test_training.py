@@ -292,3 +292,7 @@ def test_the_learning_rate_rises_and_then_stays_or_falls_to_zero():
     assert [optimizers.lr_factor(step, args) for step in (9, 10, 109, 500)] == [1, 1, 1, 1]
     args.warmup_steps = 0
     assert optimizers.lr_factor(0, args) == 1
+    args = argparse.Namespace(warmup_steps=10, steps=150, lr_schedule="cosine", fit_steps=40)
+    fit = [optimizers.lr_factor(step, args) for step in (0, 10, 20)]
+    assert fit == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5]) and optimizers.lr_factor(39, args) < 0.002
+    assert [optimizers.lr_factor(step, args) for step in (40, 49, 50, 150)] == pytest.approx([0.1, 1, 1, 0])

@@ -1,0 +1,106 @@
+"""Pairs of noise and the teacher's image: what they are, and the steps of train.py that learn from them."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, call, teacher_flags
+
+import diffusion
+import train
+import train0
+from support import checkpoint, data, networks
+from support.pairs import SEED, Pairs
+from support.randomness import image_noise
+from unified_model import UnifiedModel
+
+
+def shrunk(z, labels, renoise):
+    """Some teacher's images: the noise, smaller, and a brightness a class."""
+    return z / 8 + labels.view(-1, 1, 1, 1) / 8
+
+
+def test_a_batch_of_pairs_is_noise_and_what_is_made_of_it(device="cpu"):
+    made = []
+
+    def sample(z, labels, renoise):
+        made.append(labels)
+        return shrunk(z, labels, renoise)
+
+    pairs = Pairs(sample, 7, num_classes=3, batch_size=4, seed=5, device=device)
+    for step, wanted in enumerate(([0, 1, 2, 0], [1, 2, 0, 1], [0, 1, 2, 0])):      # 7 pairs make two batches
+        z, labels, x_ode = pairs(step)
+        assert labels.tolist() == wanted
+        assert torch.equal(z, image_noise(5 + SEED + step % 2, range(4)))
+        assert torch.equal(x_ode, data.to_float(data.to_uint8(shrunk(z, labels, None))))
+    assert len(made) == 2                           # each batch once
+    later = Pairs(sample, 7, num_classes=3, batch_size=4, seed=5, device=device)    # of a resumed run
+    assert all(torch.equal(one, other) for one, other in zip(later(2), pairs(2), strict=True)) and len(made) == 3
+
+
+def test_pairs_come_mirrored_every_other_time_and_in_shares():
+    pairs = Pairs(shrunk, 8, num_classes=3, batch_size=4, seed=0, device="cpu", mirrored=True)
+    first, second, third = pairs(1), pairs(3), pairs(5)
+    for i, flipped in enumerate((True, False, True)):
+        assert torch.equal(second[i], first[i].flip(-1) if flipped else first[i]) and torch.equal(third[i], first[i])
+    shares = [pairs(3, rank, 2) for rank in range(2)]
+    for i, whole in enumerate(second):
+        assert torch.equal(whole, torch.cat([share[i] for share in shares]))
+
+
+@pytest.mark.formula
+def test_the_fit_is_the_squared_error_of_the_generators_first_step():
+    class Teacher(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x_t, sigma, labels):
+            return self.gain * x_t / sigma
+
+    model = UnifiedModel(Teacher(), 80.0, num_denoising_steps=2)
+    z, x_ode = torch.randn(2, 4, 3, 32, 32)
+    losses, _ = model.fit_turn(z, torch.zeros(4, dtype=torch.long), x_ode)
+    gain = model.feedforward_model.gain
+    torch.testing.assert_close(losses["loss_fit"], (gain * z - x_ode).square().mean())
+    losses["loss_fit"].backward()
+    torch.testing.assert_close(gain.grad, (2 * (gain * z - x_ode) * z).mean().detach())
+
+
+def test_the_first_steps_fit_the_generator_to_the_guided_teachers_images(tmp_path, tree):
+    run = str(tmp_path / "teacher")
+    few = ["--steps", "3", "--warmup_steps", "0", "--lr", "1e-2", "--label_dropout", "0.5"]
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, *few) == 0
+    flags = ["--preset", "none", "--teacher", run, "--batch_size", "4", "--device", "cpu", "--precision", "fp32"]
+    flags += ["--steps", "6", "--fit_steps", "4", "--ode_pairs", "8", "--generator_lr", "1e-2", "--cfg_scale", "2"]
+    flags += ["--ema_decay", "0", "--log_every", "1", "--dfake_gen_update_ratio", "3"]
+    assert call(train, *flags, "--run_dir", str(tmp_path / "student")) == 0
+    log = [json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines()]
+    assert [sorted(name for name in row if "loss" in name) for row in log] == [["loss_fit"]] * 4 + [["loss_fake"]] * 2
+
+    net = networks.averaged(checkpoint.load(run))
+    teacher = diffusion.guided(net, 2)
+    student = networks.averaged(checkpoint.load(run)).requires_grad_(True)
+    optimizer = torch.optim.Adam(student.parameters())
+    for step in range(4):                           # two batches, and both again, mirrored
+        z, labels = image_noise(SEED + step % 2, range(4)), (torch.arange(4) + 4 * (step % 2)) % 2
+        x_ode = data.to_float(data.to_uint8(diffusion.heun_sample(teacher, z, labels, 9)))
+        if step >= 2:
+            z, x_ode = z.flip(-1), x_ode.flip(-1)
+        loss = F.mse_loss(student(80 * z, 80.0, labels), x_ode)
+        assert log[step]["loss_fit"] == pytest.approx(loss.item(), rel=1e-3)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, value in networks.averaged(checkpoint.load(tmp_path / "student")).state_dict().items():
+        torch.testing.assert_close(value, student.state_dict()[name], rtol=1e-3, atol=1e-4)     # no generator turn yet
+
+
+def test_without_fit_steps_no_pair_is_made(tmp_path, tree, monkeypatch):
+    run = str(tmp_path / "teacher")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "1") == 0
+    monkeypatch.setattr(Pairs, "__call__", None)
+    assert call(train, "--teacher", run, *TINY, "--steps", "2", "--run_dir", str(tmp_path / "student")) == 0
