@@ -55,7 +55,7 @@ def inverse_root(gram, dtype):
     return q / norm.sqrt()
 
 
-def orthogonalize(matrices, dtype=torch.float32, scales=None):
+def orthogonalize(matrices, dtype=torch.float32, scales=None, rate=1.0):
     """Each matrix U S V^T [n, k] as about U V^T: the same directions, with singular values near 1.
 
     Muon's iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon) applies odd polynomials to X. Here it is
@@ -67,7 +67,8 @@ def orthogonalize(matrices, dtype=torch.float32, scales=None):
         dtype: of the last products, on which bf16 costs no more than it does in Muon's iteration, and of the result.
             The others stay float32, on a GPU too: X X^T has the squares of the singular values, so its rounding reaches
             the small ones.
-        scales: factors of the results; None: 1.
+        scales: factors of the results, floats; None: 1.
+        rate: one more, of all of them; where it is recorded, a 0-d tensor.
 
     Yields:
         the results one by one, as on a CPU memory that was just in use is many times as fast as new memory.
@@ -82,7 +83,7 @@ def orthogonalize(matrices, dtype=torch.float32, scales=None):
             for i, q in zip(same, inverse_root(torch.stack([grams[i] for i in same]), dtype), strict=True):
                 roots[i] = q
         for x, is_tall, q, scale in zip(matrices, tall, roots, scales, strict=True):
-            q, x = (q * scale).to(dtype), x.to(dtype)
+            q, x = (q * scale * rate).to(dtype), x.to(dtype)
             yield x @ q if is_tall else q @ x
 
 
@@ -127,8 +128,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # in place: on a CPU new memory takes six times as long
             updates = [as_matrix(gradient) for gradient in gradients]
-            lengths = [group["lr"] * 0.2 * max(x.shape) ** 0.5 for x in updates]
-            for weight, step in zip(weights, orthogonalize(updates, self.dtype, lengths), strict=True):
+            lengths = [0.2 * max(x.shape) ** 0.5 for x in updates]
+            steps = orthogonalize(updates, self.dtype, lengths, group["lr"])
+            for weight, step in zip(weights, steps, strict=True):
                 as_matrix(weight).sub_(step)
 
 
