@@ -95,6 +95,12 @@ def writable(path):
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
+def check_file(parser, path):
+    """Refuse the name of a file that cannot be written."""
+    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not writable(path):
+        parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
+
+
 def add_common(parser, compile=False):
     """Flags of every script; compile: whether they do, None where the device decides."""
     parser.add_argument("--seed", type=natural, default=0, help="everything random follows from it")

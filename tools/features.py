@@ -8,9 +8,7 @@ Distances in its features compare runs on this dataset with one another and mean
 learns from fresh images, for other datasets from those that teacher and student learn from.
 """
 
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from model import IMAGE_SIZE
-from support import archive, data, errors, flags, hardware, metrics, records, shapes
+from support import archive, data, errors, flags, hardware, metrics, shapes
 from support.optimizers import Optimizer
 from support.randomness import StepRandom
 
@@ -110,21 +108,8 @@ def parse_args(argv=None):
     parser.add_argument("--epochs", type=flags.count, help="passes over them; default: 3 for shapes, 6 for others")
     parser.add_argument("--out", type=flags.path, default="features.pt2", help="the network, for evaluate.py")
     args = parser.parse_args(argv)
-    check_out(parser, args.out)
+    flags.check_file(parser, args.out)
     return args
-
-
-def check_out(parser, path):
-    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not flags.writable(path):
-        parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
-
-
-def save(net, path, classes=None):
-    """Write a network of uint8 [N, 3, 32, 32] for metrics.exported, with the names of its classes, if it has any."""
-    example, batch = torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.export.Dim("batch", min=1)
-    program = torch.export.export(net.cpu().eval(), (example,), dynamic_shapes=({0: batch},))
-    names = {archive.CLASSES: json.dumps(classes)}              # so that it judges no other classes
-    records.write(path, lambda file: torch.export.save(program, file, extra_files=names))
 
 
 def main(argv=None):
@@ -136,7 +121,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net = Classifier(recipe["body"](), recipe["width"], len(dataset.classes)).to(device)
     train(net, dataset, recipe, args, device)
-    save(net, args.out, dataset.classes)
+    archive.save(net, args.out, dataset.classes)
     print(args.out)
     try:
         test = read(args, "test")

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import errors, flags
+from support import archive, errors, flags
 from support.errors import UsageError
-from tools import features
 
 SIZE = 96                                           # pixels that the images are enlarged to
 
@@ -47,8 +46,8 @@ def main(argv=None):
     parser = flags.Parser(description="Save a feature network trained on ImageNet.")
     parser.add_argument("--out", type=flags.path, default="imagenet.pt2", help="the network, for evaluate.py")
     args = parser.parse_args(argv)
-    features.check_out(parser, args.out)
-    features.save(Network(efficientnet()), args.out)
+    flags.check_file(parser, args.out)
+    archive.save(Network(efficientnet()), args.out)
     print(args.out)
 
 
