@@ -38,8 +38,9 @@ PRESETS = {
     ),
     # Photographs, half an hour on 2 CPU cores.
     "cifar10": dict(
-        batch_size=64, steps=2400, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.97,
+        batch_size=64, steps=1900, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.97,
         conditioning_sigma=3.0, min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm",
+        fit_steps=200, ode_pairs=2048,
         cfg_scale=3.0, cfg_interval=[0.15, 5.0], autoguidance_scale=2.0,
         optimizer="muon", lr_schedule="cosine", log_every=20, sample_every=600, save_every=200,
     ),
@@ -47,6 +48,7 @@ PRESETS = {
     "cifar10_gpu": dict(
         batch_size=512, steps=2400, dfake_gen_update_ratio=2, generator_lr=2.5e-4, guidance_lr=1.5e-3, ema_decay=0.99,
         conditioning_sigma=3.0, min_step_percent=0.1, max_step_percent=0.65, fake_noise="dm",
+        fit_steps=200, ode_pairs=16_384,
         cfg_scale=2.0, cfg_interval=[0.15, 5.0], autoguidance_scale=2.0,
         optimizer="muon", lr_schedule="cosine", sample_every=400, save_every=1200, compile=True,
     ),
@@ -134,6 +136,8 @@ def parse_args(argv=None):
         parser.error("--cls_loss_weight 0 would leave the GAN's head as it starts, at random")
     if args.f_div != "rkl" and args.diffusion_gan_max_timestep <= diffusion.timestep(args.max_step_percent):
         parser.error(f"--f_div {args.f_div} needs the head at every noise: --diffusion_gan_max_timestep 1000")
+    if args.fit_steps > args.steps:
+        parser.error(f"--fit_steps {args.fit_steps} is more than --steps {args.steps}, of which they are the first")
     if args.num_denoising_steps > 1 and args.conditioning_sigma <= args.sigma_min:
         parser.error(f"--conditioning_sigma {args.conditioning_sigma} is not above --sigma_min {args.sigma_min}")
     if args.min_step_percent > args.max_step_percent:

@@ -29,7 +29,7 @@ def test_help_shows_a_presets_values_and_the_flags_of_a_beginner_first(capsys):
         return {flag: " ".join(rest) for flag, *rest in lines}
 
     assert list(entries())[:4] == ["--teacher", "--preset", "--run_dir", "--resume"]
-    assert "default: 50000" in entries()["--steps"] and "default: 2400" in entries("--preset", "cifar10")["--steps"]
+    assert "default: 50000" in entries()["--steps"] and "default: 1900" in entries("--preset", "cifar10")["--steps"]
 
 
 @pytest.mark.parametrize(("flags", "gpu", "wanted"), [
@@ -63,6 +63,7 @@ def test_a_student_takes_the_preset_of_its_teacher(tmp_path, monkeypatch, teache
 
 def test_guidance_that_a_teacher_cannot_give_is_left_out_of_a_preset_and_refused_of_a_flag(tmp_path, teacher, capsys):
     few = ["--teacher", teacher, "--steps", "1", "--batch_size", "4", "--device", "cpu", "--preset", "cifar10"]
+    few += ["--fit_steps", "0"]
     assert call(train, *few, "--run_dir", str(tmp_path / "a")) == 0
     said = "no --cfg_scale, as it was trained without --label_dropout; no --autoguidance_scale, as there is no guide.pt"
     assert f"2 classes (cat, dog); {said} beside it" in capsys.readouterr().out

@@ -95,7 +95,7 @@ def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
     few = ["--preset", preset, "--steps", "1", "--batch_size", "4", "--device", "cpu"]
     a, b = f"{tmp_path}/a", f"{tmp_path}/b"
     assert call(train0, "--dataset", "shapes", "--channels", "8", "--run_dir", a, *few) == 0
-    assert call(train, "--teacher", a, "--run_dir", b, *few) == 0
+    assert call(train, "--teacher", a, "--run_dir", b, *few, "--fit_steps", "0") == 0
     assert checkpoint.load(b)["settings"]["generator_lr"] == train.PRESETS[preset]["generator_lr"]
 
 
@@ -700,6 +700,7 @@ WRONG = [
     (train, ["--conditioning_sigma", "nan"], "--conditioning_sigma"),
     (train, ["--min_step_percent", "0.9", "--max_step_percent", "0.1"], "--min_step_percent"),
     (train, ["--max_step_percent", "1.5"], "--max_step_percent"),
+    (train, ["--fit_steps", "9", "--steps", "8"], "--fit_steps 9 is more than --steps 8"),
     (train, ["--sigma_min", "90"], "--sigma_min"),
     (train, ["--dfake_gen_update_ratio", "0"], "--dfake_gen_update_ratio"),
     (train, ["--generator_lr", "inf"], "--generator_lr"),

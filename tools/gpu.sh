@@ -49,7 +49,8 @@ teacher)
     train train0.py "$2" teacher "$3" "$(steps "$2" "$3" teacher_step)" --dataset folder --data_dir "$4"
     ;;
 student)                                            # whose presets train the generator in every other step
-    train train.py "$2" student "$3" "$(steps "$2" "$3" both_turns guidance_turn)" --teacher $RUNS/teacher
+    n=$(steps "$2" "$3" both_turns guidance_turn)
+    train train.py "$2" student "$3" "$n" --teacher $RUNS/teacher --fit_steps $((n / 10))
     ;;
 keep)
     declare -A files=([teacher]=teacher/checkpoint.pt [guide]=teacher/guide.pt [student]=student/checkpoint.pt)
