@@ -21,7 +21,8 @@ MEMBERS = re.compile(
 def save(net, path, classes=None):
     """Write a network of images, uint8 [N, 3, 32, 32], for metrics.exported, with the names of its classes, if any."""
     example, batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.export.Dim("batch", min=1)
-    program = torch.export.export(net.cpu().eval(), (example,), dynamic_shapes=({0: batch},))
+    net = net.cpu().eval().to(memory_format=torch.contiguous_format)        # torch.export.save warns of any other
+    program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
     names = {CLASSES: json.dumps(classes)}          # so that it judges no other classes
     records.write(path, lambda file: torch.export.save(program, file, extra_files=names))
 
