@@ -35,7 +35,7 @@ PRESETS = {
     ),
     # The same for one GPU: twice the width, half the rate, eight times the images.
     "cifar10_gpu": dict(
-        channels=64, batch_size=512, steps=12_000, optimizer="muon", lr=2e-3, ema_decay=0.999, p_mean=-0.8, p_std=1.4,
+        channels=64, batch_size=512, steps=18_000, optimizer="muon", lr=2e-3, ema_decay=0.999, p_mean=-0.8, p_std=1.4,
         label_dropout=0.1, save_every=3000, compile=True,
     ),
 }

@@ -23,6 +23,8 @@ def save(net, path, classes=None):
     example, batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.export.Dim("batch", min=1)
     net = net.cpu().eval().to(memory_format=torch.contiguous_format)        # torch.export.save warns of any other
     program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:                # with the paths of this machine
+        node.meta.pop("stack_trace", None)
     names = {CLASSES: json.dumps(classes)}          # so that it judges no other classes
     records.write(path, lambda file: torch.export.save(program, file, extra_files=names))
 

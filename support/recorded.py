@@ -7,11 +7,11 @@
 
     log = train_step([StepRandom(seed, step, device)], x_0, labels, lr_factor(step, args))
 
-Launched one by one, the kernels of a step kept an H100 busy for less than half of it (results/README.md, "Speed"). A
+Launched one by one, the kernels of a step kept an H200 busy for half of it (results/README.md, "Speed"). A
 replay repeats them on the same memory, so all that changes from step to step has to lie in memory that stays: the
 random numbers, drawn by (seed, step) as ever, tensors, and floats as 0-d tensors. Any other argument decides which
 kernels run: for each value of it there is one recording. Within the step nothing may ask the GPU for a number or send
-it one: no item(), no `if tensor`, no Python number in torch.where. Not seen on a GPU.
+it one: no item(), no `if tensor`, no Python number in torch.where.
 
 How: torch's notes on CUDA graphs, "Whole-network capture" (docs.pytorch.org/docs/stable/notes/cuda.html).
 """

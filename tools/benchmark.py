@@ -189,8 +189,14 @@ def main(argv=None):
             parts[name] = dict(gflop_per_image=round(flops / args.batch_size / 1e9, 6))
             for mode, function in modes.items():
                 call = stepper(function, args.seed, device, arguments)
-                for i in range(WARM_UP + 1):
-                    call(i)
+                try:
+                    for i in range(WARM_UP + 1):
+                        call(i)
+                except RuntimeError as error:
+                    if mode == "launched":
+                        raise
+                    print(f"{name}: {error}", flush=True)
+                    continue
                 found = time_step(call, device, args.repeats)
                 found.update(profile_step(call, folder) if cuda else {})
                 speed, share = args.batch_size / found["ms"] * 1e3, flops / (found["ms"] / 1e3) / peak

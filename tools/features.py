@@ -1,7 +1,7 @@
 """A feature network of your own for evaluate.py, in place of Inception: a classifier of a dataset, by torch.export.
 
     python -m tools.features --dataset shapes                         # half a minute on a CPU; into features.pt2
-    python -m tools.features --dataset cifar10 --out cifar10.pt2      # of photographs, twenty minutes
+    python -m tools.features --dataset cifar10 --out cifar10.pt2      # of photographs, eleven minutes
     python evaluate.py --checkpoint runs/demo/dmd2 --feature_extractor features.pt2
 
 Distances in its features compare runs on this dataset with one another and mean nothing beside FID. For `shapes` it

@@ -36,29 +36,47 @@ def table(head, rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
-def measured(file):
-    """Evaluations an image, FD, class accuracy and recall of 5,000 images, in a report of evaluate.py."""
-    fd, accuracy, recall = (f"{file}#metrics/{name}@5000/mean" for name in ("fd", "class_accuracy", "recall"))
-    return [at(f"{file}#checkpoint/evaluations", "d"), at(fd), percent(accuracy), percent(recall)]
+NETWORKS = {
+    "test_images": "the test images themselves", "guided_teacher": "teacher, shipped, guided",
+    "student": "**student, shipped**", "laptop_guided_teacher": "teacher of `make cifar10`, guided",
+    "laptop_student": "**student of `make cifar10`**",
+}
+
+
+def measured(name, kind, *shares):
+    """The distance in the features of `kind`, and shares, of 10,000 images, in a report of evaluate.py."""
+    file = f"cifar10/{kind}/{name}#metrics"
+    fd = at(f"{file}/fd/mean", ".1f" if kind == "imagenet" else ".2f")
+    return [fd, *(percent(f"{file}/{share}/mean") for share in shares)]
+
+
+def sampled(name, key, form):
+    return "" if name == "test_images" else at(f"cifar10/runs#sampling/{name}/{key}", form)
 
 
 def quality():
-    rows = {
-        "h100_teacher": "teacher, shipped", "h100_guided_teacher": "the same, guided",
-        "h100_student": "**student, shipped**", "cpu_teacher": "teacher of `make cifar10`",
-        "cpu_guided_teacher": "the same, guided and autoguided", "cpu_student": "**student of `make cifar10`**",
-    }
-    return table(["sampling", "evaluations an image", "FD", "class accuracy", "recall", "images/s"], [
-        [title, *measured(f"cifar10_jpeg/{file}"), at(f"cifar10_jpeg/{file}#checkpoint/images_per_second", ",.0f")]
-        for file, title in rows.items()
+    head = ["", "evaluations an image", "FD-ImageNet", "FD", "class accuracy", "recall", "images/s"]
+    return table(head, [
+        [title, sampled(name, "evaluations", "d"), *measured(name, "imagenet"),
+         *measured(name, "classifier", "class_accuracy", "recall"), sampled(name, "images_per_second", ",.0f")]
+        for name, title in NETWORKS.items()
+    ])
+
+
+def networks():
+    head = ["", "FD-ImageNet", "precision", "recall", "FD", "class accuracy", "precision", "recall"]
+    return table(head, [
+        [title, *measured(name, "imagenet", "precision", "recall"),
+         *measured(name, "classifier", "class_accuracy", "precision", "recall")]
+        for name, title in NETWORKS.items()
     ])
 
 
 def cost():
     rows = {
         "`make demo`": ("2 CPU cores", "shapes/demo#"),
-        "`make cifar10`": ("2 CPU cores", "cifar10_jpeg/runs_cpu#make cifar10/"),
-        "`--preset cifar10_gpu`, teacher to step 7,647 of 12,000": ("one H100", "cifar10_jpeg/runs_h100#"),
+        "`make cifar10`": ("2 CPU cores", "cifar10/runs#make cifar10/"),
+        "`--preset cifar10_gpu`: the shipped pair": ("one H200", "cifar10/runs#"),
     }
     return table(["training", "hardware", "teacher", "student", "images/s", "memory, MiB"], [
         [title, hardware, *(at(f"{run}{who}/training_minutes", ".1f") + " min" for who in ("teacher", "student")), *(
@@ -69,24 +87,11 @@ def cost():
     ])
 
 
-def networks():
-    cpu, h100 = "cifar10_jpeg/runs_cpu", "cifar10_jpeg/runs_h100"
-    rows = [
-        ("**teacher of an H100, 64 channels: shipped**", "h100_teacher", f"{h100}#teacher"),
-        ("guided by 2", "h100_guided_teacher", None),
-        ("its student: **shipped**", "h100_student", f"{h100}#student"),
-        ("another student, on 2 CPU cores", "cpu_student_of_h100_teacher", f"{cpu}#student of the H100's teacher"),
-        ("**teacher of `make cifar10`**", "cpu_teacher", f"{cpu}#make cifar10/teacher"),
-        ("guided by 3 and autoguided by 2", "cpu_guided_teacher", None),
-        ("its student", "cpu_student", f"{cpu}#make cifar10/student"),
-        ("another, seed 1", "cpu_student_seed_1", f"{cpu}#make cifar10/student, seed 1"),
-        ("**teacher of an earlier `make cifar10`**", "earlier_teacher", f"{cpu}#an earlier make cifar10/teacher"),
-        ("guided by 3 and autoguided by 2", "earlier_guided_teacher", None),
-        ("its student", "earlier_student", f"{cpu}#an earlier make cifar10/student"),
-    ]
-    return table(["", "minutes", "evaluations", "FD", "class accuracy", "recall"], [
-        [title, at(f"{run}/training_minutes", ".1f") if run else "", *measured(f"cifar10_jpeg/{file}")]
-        for title, file, run in rows
+def curve():
+    """FD-ImageNet of a student on two CPU cores, as its hour passes."""
+    return table(["minutes", "FD-ImageNet", "recall"], [
+        [format(row["minutes"], ".0f"), format(row["fd_imagenet"], ".1f"), format(100 * row["recall"], ".1f") + " %"]
+        for row in report("distillation/starts")["on_64_channels"]["curve_of_L3"]
     ])
 
 
@@ -100,12 +105,26 @@ def parts(file):
     return table(["", "seeds", "FD", "class accuracy"], rows)
 
 
+STEPS = {"teacher_step": "teacher step", "both_turns": "both turns", "guidance_turn": "guidance turn alone"}
+
+
 def speed():
-    rows = {"teacher step": "teacher_step", "both turns": "both_turns", "guidance turn alone": "guidance_turn"}
     return table(["64 images", "milliseconds", "images/s", "of a large bf16 product"], [
         [title, *(at(f"speed/benchmark#parts/{part}/launched/{key}", ",.0f") for key in ("ms", "images_per_second")),
          percent(f"speed/benchmark#parts/{part}/launched/fraction_of_matmul")]
-        for title, part in rows.items()
+        for part, title in STEPS.items()
+    ])
+
+
+def speed_gpu():
+    head = ["512 images", "kernels", "launched: ms", "launches", "recorded: ms", "launches", "images/s", "of a product"]
+    return table(head, [
+        [title, at(f"speed/h200#parts/{part}/recorded/kernel_ms", ".1f"), *(
+            at(f"speed/h200#parts/{part}/{mode}/{key}", form)
+            for mode in ("launched", "recorded") for key, form in (("ms", ".1f"), ("launches", ",.0f"))
+        ), at(f"speed/h200#parts/{part}/recorded/images_per_second", ",.0f"),
+         percent(f"speed/h200#parts/{part}/recorded/fraction_of_matmul")]
+        for part, title in STEPS.items()
     ])
 
 
@@ -115,8 +134,8 @@ def published():
 
 
 TABLES = dict(
-    quality=quality, cost=cost, networks=networks, speed=speed, published=published,
-    parts_shapes=lambda: parts("shapes/ablation"), parts_cifar10=lambda: parts("cifar10_jpeg/ablation"),
+    quality=quality, cost=cost, networks=networks, curve=curve, speed=speed, speed_gpu=speed_gpu, published=published,
+    parts_shapes=lambda: parts("shapes/ablation"),
 )
 
 
