@@ -33,6 +33,7 @@ from support.randomness import StepRandom
 from support.recorded import WARM_UP, Recorded
 
 PARTS = ("teacher_step", "both_turns", "guidance_turn")
+KERNELS = 12                                        # so many of those that take longest are named, on CUDA
 
 
 def parse_args(argv=None):
@@ -129,29 +130,32 @@ def time_step(call, device, repeats):
 
 
 def profile_step(call, folder, repeats=3):
-    """Of call(i) on CUDA: milliseconds of the kernels, and the host's launches."""
+    """Of call(i) on CUDA: milliseconds of the kernels, and the host's launches; and of each kernel, by its name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for i in range(repeats):
             call(i)
         torch.cuda.synchronize()
     trace = Path(folder) / "trace.json"
     profile.export_chrome_trace(str(trace))
-    return {name: number / repeats for name, number in read_trace(json.loads(trace.read_text())).items()}
+    parts = read_trace(json.loads(trace.read_text()))
+    return ({name: number / repeats for name, number in part.items()} for part in parts)
 
 
 def read_trace(trace):
-    """From a trace of torch.profiler: milliseconds of all kernels, copies and fills, and the launches of them.
+    """From a trace of torch.profiler: milliseconds of all kernels, copies and fills, and the launches of them; and each
+    kernel's milliseconds.
 
     A graph counts as one launch, whatever it holds.
     """
-    kernel_ms, calls = 0.0, Counter()
+    kernels, calls = Counter(), Counter()
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            kernel_ms += event["dur"] / 1e3         # microseconds
+            kernels[event["name"]] += event["dur"] / 1e3        # microseconds
         elif event.get("cat") in ("cuda_runtime", "cuda_driver"):
             calls[event["name"]] += 1
     words = ("Launch", "Memcpy", "Memset")
-    return dict(kernel_ms=kernel_ms, launches=sum(n for name, n in calls.items() if any(w in name for w in words)))
+    launches = sum(n for name, n in calls.items() if any(w in name for w in words))
+    return dict(kernel_ms=kernels.total(), launches=launches), kernels
 
 
 def count_flops(call):
@@ -198,11 +202,14 @@ def main(argv=None):
                     print(f"{name}: {error}", flush=True)
                     continue
                 found = time_step(call, device, args.repeats)
-                found.update(profile_step(call, folder) if cuda else {})
+                whole, kernels = profile_step(call, folder) if cuda else ({}, {})
+                found.update(whole)
+                longest = Counter(kernels).most_common(KERNELS)
                 speed, share = args.batch_size / found["ms"] * 1e3, flops / (found["ms"] / 1e3) / peak
                 numbers = {key: round(value, 2) for key, value in found.items()}
                 parts[name][mode] = dict(
-                    numbers, images_per_second=round(speed, 1), fraction_of_matmul=round(share, 4)
+                    numbers, images_per_second=round(speed, 1), fraction_of_matmul=round(share, 4),
+                    longest_kernels={kernel[:100]: round(ms, 3) for kernel, ms in longest},
                 )
                 shown = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
                 print(f"{name} {mode}: {speed:.0f} images/s, {100 * share:.1f} % of the product; {shown}", flush=True)

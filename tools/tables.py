@@ -51,7 +51,7 @@ def measured(name, kind, *shares):
 
 
 def sampled(name, key, form):
-    return "" if name == "test_images" else at(f"cifar10/runs#sampling/{name}/{key}", form)
+    return "" if name == "test_images" else at(f"cifar10/imagenet/{name}#checkpoint/{key}", form)
 
 
 def quality():
