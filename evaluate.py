@@ -64,8 +64,7 @@ def parse_args(argv=None):
         "--batch_size", type=flags.count, default=250, help="images at a time; moves nothing but roundings",
     )
     parser.add_argument("--repeats", type=flags.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
-    parser.add_argument("--num_steps", type=flags.count, default=18, help="Heun steps, for a teacher")
-    flags.add_cfg(parser, "a teacher")
+    flags.add_sampling(parser)
     parser.add_argument(
         "--neighbours", type=flags.number(int, LEAST_IMAGES), help="images of each set that precision and recall look "
         "at, in a time that grows with its square: minutes for 50,000 on a CPU; default: all, as torch-fidelity"
@@ -132,7 +131,7 @@ def main(argv=None):
         # Now, as a run at work saves anew while its images are made.
         digest, guide_digest = (file and sha256(checkpoint.find(file)) for file in (args.checkpoint, guide))
         with resume.restoring(args.checkpoint):
-            sample = sampling.sampler(state, device, args.num_steps, cfg, args.compile)
+            sample = sampling.sampler(state, device, args.num_steps, cfg, args.temperature, args.compile)
     else:
         given, labels = read_npz(args.npz) if args.npz else (read_images(args.images), None)
         if len(given) < LEAST_IMAGES:
@@ -177,7 +176,7 @@ def main(argv=None):
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
             evaluations=sampling.evaluations(state, args.num_steps, cfg),
-            cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval,
+            temperature=args.temperature, cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval,
             autoguidance_scale=args.autoguidance_scale, guide_sha256=guide_digest,
             bf16=hardware.uses_bf16(device, args.precision), batch_size=args.batch_size,
             images_per_second=round(n * args.repeats / making, 1),

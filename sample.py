@@ -51,8 +51,7 @@ def parse_args(argv=None):
         "--batch_size", type=flags.count, default=100, help="images at a time; moves nothing but roundings"
     )
     parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
-    parser.add_argument("--num_steps", type=flags.count, default=18, help="Heun steps, for a teacher")
-    flags.add_cfg(parser, "a teacher")
+    flags.add_sampling(parser)
     args = parser.parse_args(argv)
     args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     for path in filter(None, (args.out, args.npz, args.walk)):
@@ -93,7 +92,7 @@ def main(argv=None):
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
     with resume.restoring(args.checkpoint):
-        sample = sampling.sampler(state, device, args.num_steps, cfg, args.compile)
+        sample = sampling.sampler(state, device, args.num_steps, cfg, args.temperature, args.compile)
 
     def generate(labels, **how):
         with hardware.autocast(device, args.precision):

@@ -191,6 +191,16 @@ def add_dataset(parser, dataset="cifar10", data_dir="data", flip=True):
         )
 
 
+def add_sampling(parser):
+    """Flags of what makes images of a checkpoint."""
+    parser.add_argument("--num_steps", type=count, default=18, help="Heun steps, for a teacher")
+    parser.add_argument(
+        "--temperature", type=noise, default=1.0,
+        help="standard deviation of the noise that images begin with, 1 in training; above it they vary more",
+    )
+    add_cfg(parser, "a teacher")
+
+
 def add_cfg(parser, whose):
     parser.add_argument(
         "--cfg_scale", type=weight, default=1.0, help=f"classifier-free guidance of {whose}, 1: none"

@@ -34,11 +34,12 @@ def evaluations(state, num_steps, cfg):
     return total
 
 
-def sampler(state, device, num_steps=18, cfg=None, compile=False):
+def sampler(state, device, num_steps=18, cfg=None, temperature=1.0, compile=False):
     """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, by its averaged weights.
 
     A student makes an image in the steps that it was trained for, one as a rule (renoise as in few_step_sample); a
     teacher in num_steps steps of Heun's method, guided as the keyword arguments of diffusion.guided in cfg say.
+    Either begins at temperature * z.
     """
     net, cfg = networks.averaged(state, device), cfg or {}
     for network in filter(None, (net, cfg.get("guide"))):
@@ -46,10 +47,15 @@ def sampler(state, device, num_steps=18, cfg=None, compile=False):
             network.compile(dynamic=False)          # a smaller last batch: a second graph, no slower one for all
     if state["kind"] == "student":
         sigmas = state["denoising_sigmas"]
-        return torch.no_grad()(lambda z, labels, renoise: diffusion.few_step_sample(net, z, labels, sigmas, renoise))
+
+        @torch.no_grad()
+        def sample(z, labels, renoise):
+            return diffusion.few_step_sample(net, temperature * z, labels, sigmas, renoise)
+
+        return sample
     denoise = diffusion.guided(net, **cfg)
     schedule = num_steps, state["sigma_min"], state["sigma_max"]
-    return lambda z, labels, renoise: diffusion.heun_sample(denoise, z, labels, *schedule)
+    return lambda z, labels, renoise: diffusion.heun_sample(denoise, temperature * z, labels, *schedule)
 
 
 def generate(sample, seed, labels, batch_size, device, bar=False, walk=0.0):

@@ -265,6 +265,9 @@ def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_
     assert report["checkpoint"]["evaluations"] == 2 and report["checkpoint"]["step"] == 1
     digest = hashlib.sha256(Path(run, "checkpoint.pt").read_bytes()).hexdigest()
     assert report["checkpoint"]["sha256"] == report["checkpoint"]["guide_sha256"] == digest
+    assert call(evaluate, *argv, "--temperature", "9") == 0
+    warm = json.loads(Path(out).read_text())
+    assert warm["checkpoint"]["temperature"] == 9 and warm["runs"][0]["fd"] != values[0]
 
 
 def test_a_folder_of_images_is_measured(drawn, tmp_path, flags, capsys):

@@ -51,6 +51,17 @@ def test_a_students_are_those_of_its_levels_with_fresh_noise_before_each(net):
     assert_alike(images(state_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
 
 
+def test_a_temperature_scales_the_noise_that_they_begin_with_and_no_other(net):
+    z, teacher = image_noise(3, range(3)), state_of(net, "teacher")
+    assert_alike(
+        images(teacher, num_steps=4, temperature=1.3), diffusion.heun_sample(net, 1.3 * z, LABELS, 4, 0.01, 40.0)
+    )
+    x = net(1.3 * 3.0 * z, 3.0, LABELS)
+    assert_alike(images(state_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
+    x = net(x + 1.5 * image_noise(3, range(3), 1), 1.5, LABELS)
+    assert_alike(images(state_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
+
+
 def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
     """What the others would miss if it did not."""
     z = image_noise(3, range(3))
@@ -58,6 +69,7 @@ def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
     others = [
         diffusion.heun_sample(net, z, 1 - LABELS, 4, 0.01, 40.0), diffusion.heun_sample(net, z, LABELS, 5, 0.01, 40.0),
         diffusion.heun_sample(net, z, LABELS, 4), teacher[[1, 0, 2]],
+        diffusion.heun_sample(net, 1.3 * z, LABELS, 4, 0.01, 40.0),
     ]
     for other in others:
         assert (data.to_uint8(other).int() - data.to_uint8(teacher).int()).abs().max() > 8
@@ -78,6 +90,8 @@ def test_the_gif_of_a_walk_shows_the_grids_on_the_way_and_back(net, tmp_path, mo
     common = ["--checkpoint", f"{tmp_path}/s.pt", "--num_images", "4", "--device", "cpu", "--seed"]
     assert call(sample, *common, "3", "--out", f"{tmp_path}/0.png", "--walk", f"{tmp_path}/walk.gif") == 0
     assert call(sample, *common, "4", "--out", f"{tmp_path}/1.png") == 0
+    assert call(sample, *common, "3", "--temperature", "2", "--out", f"{tmp_path}/warm.png") == 0
+    assert (tmp_path / "warm.png").read_bytes() != (tmp_path / "0.png").read_bytes()
     gif = Image.open(tmp_path / "walk.gif")
     frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
     first, last = (np.asarray(Image.open(tmp_path / f"{seed}.png")).astype(int) for seed in (0, 1))
