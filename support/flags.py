@@ -196,7 +196,7 @@ def add_sampling(parser):
     parser.add_argument("--num_steps", type=count, default=18, help="Heun steps, for a teacher")
     parser.add_argument(
         "--temperature", type=noise, default=1.0,
-        help="standard deviation of the noise that images begin with, 1 in training; above it they vary more",
+        help="standard deviation of the noise that images begin with, 1 in training; a student's vary more above it",
     )
     add_cfg(parser, "a teacher")
 
