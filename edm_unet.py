@@ -111,7 +111,8 @@ class EDMUNet(Denoiser):
                 c_in, c = c, model_channels * mult
                 self.enc[f"{size}x{size}_block{i}"] = Block(c_in, c, emb, attention=size in attn_resolutions)
                 skips.append(c)
-        self.bottleneck_channels, self.bottleneck_size = c, sizes[-1]
+        self.feature_channels = [model_channels * mult for mult in channel_mult] + [c]
+        self.bottleneck_size = sizes[-1]
         for size, mult in reversed(list(zip(sizes, channel_mult, strict=True))):
             if size == sizes[-1]:
                 self.dec[f"{size}x{size}_in0"] = Block(c, c, emb, attention=True)
@@ -125,10 +126,11 @@ class EDMUNet(Denoiser):
         self.dec[f"{IMAGE_SIZE}x{IMAGE_SIZE}_aux_norm"] = group_norm(c)
         self.dec[f"{IMAGE_SIZE}x{IMAGE_SIZE}_aux_conv"] = nn.Conv2d(c, 3, 3, padding=1)
 
-    def network(self, x, c_noise, labels, return_bottleneck=False):
+    def network(self, x, c_noise, labels, return_features=False):
         """The raw network F of table 1; arguments as in forward, x and sigma already preconditioned.
 
-        The bottleneck's features are those after the second block on the way up, [B, bottleneck_channels, 8, 8].
+        The features are those of the last block of each resolution, and of the second block on the way up, the
+        bottleneck: of the published networks [B, 256, 32, 32], [B, 256, 16, 16] and twice [B, 256, 8, 8].
         """
         angles = c_noise[:, None] * self.freqs                                      # [B, M/2]
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)                        # [B, M]
@@ -142,11 +144,12 @@ class EDMUNet(Denoiser):
         for block in self.enc.values():
             h = block(h, emb) if isinstance(block, Block) else block(h)             # [B, 2M, 32, 32] to [B, 2M, 8, 8]
             skips.append(h)
+        per_level = len(skips) // (len(self.feature_channels) - 1)
         *blocks, (_, out_norm), (_, out_conv) = self.dec.items()
         for name, block in blocks:
             if "_block" in name:
                 h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb)                                                       # and back to [B, 2M, 32, 32]
-            if return_bottleneck and name.endswith("_in1"):
-                return h
+            if return_features and name.endswith("_in1"):
+                return [*skips[per_level - 1 :: per_level], h]
         return out_conv(F.silu(out_norm(h)))                                        # [B, 3, 32, 32]

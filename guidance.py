@@ -7,6 +7,9 @@
 With gan=True also
     loss_gen_cls, log = guidance.compute_generator_cls_loss(x_gen, labels, rng)        # moves the generator
     loss_cls, log = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng) # moves fake_unet and cls_head
+
+and with discriminator=True the losses of a GAN alone
+    losses, log = guidance.compute_gan_losses(x_gen, labels, x_real, real_labels, rng) # move generator, discriminator
 """
 
 import contextlib
@@ -54,6 +57,37 @@ class ClassifierHead(nn.Module):
         return self.layers(features).flatten().float()
 
 
+class FeatureHead(nn.Module):
+    """Features [B, C, H, W] of one level and classes [B] to a logit [B]."""
+
+    def __init__(self, channels, classes, width=128):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, channels, affine=False),            # the levels differ in scale, and so do noise levels
+            nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, width, 3, padding=1), group_norm(width), nn.LeakyReLU(0.2),
+        )
+        self.out = nn.Linear(width, 1)
+        self.label_embedding = nn.Embedding(classes, width)
+        nn.init.normal_(self.label_embedding.weight, std=0.05)
+
+    def forward(self, features, labels):
+        h = self.layers(features).float().mean((2, 3))                              # [B, width]
+        # D(h, y) = w h + b + v_y h (projection discriminator, Miyato & Koyama 2018, arXiv 1802.05637, equation 3)
+        return self.out(h).flatten() + (self.label_embedding(labels) * h).sum(1)
+
+
+class Discriminator(nn.Module):
+    """Features of L levels and classes [B] to the logits [B, L] of a head a level, high where they look real."""
+
+    def __init__(self, feature_channels, classes):
+        super().__init__()
+        self.heads = nn.ModuleList(FeatureHead(channels, classes) for channels in feature_channels)
+
+    def forward(self, features, labels):
+        return torch.stack([head(level, labels) for head, level in zip(self.heads, features, strict=True)], 1)
+
+
 # h(r) = f''(r) r^2, the weight of the DM gradient that minimises D_f(real || fake) (f-distill, arXiv 2502.15681,
 # theorem 1 and table 1) instead of the reverse KL divergence, with the density ratio r = p_real / p_fake.
 F_DIVERGENCES = {
@@ -74,7 +108,8 @@ class GuidanceModel(nn.Module):
         cfg_scale, cfg_interval, guide, autoguidance_scale: guidance of real_unet, as in diffusion.guided; of
             the guide, a weaker teacher, a copy is kept.
         gan: whether there is a cls_head on fake_unet's bottleneck; the teacher must then be a Denoiser of model.py, or
-            have its bottleneck_channels, bottleneck_size and return_bottleneck.
+            have its feature_channels, bottleneck_size and return_features.
+        discriminator: whether there is one on real_unet's features; the teacher must then be likewise.
         fake_noise: what fake_unet learns, "all" of the 1000 steps as in the paper, or "dm", the range above, beyond
             which the DM loss never asks it.
         diffusion_gan_max_timestep: the GAN compares images noised to a timestep below this one of 1000; 0: clean ones.
@@ -85,7 +120,7 @@ class GuidanceModel(nn.Module):
     def __init__(
         self, teacher, min_step_percent=0.02, max_step_percent=0.98, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX,
         cfg_scale=1.0, cfg_interval=None, guide=None, autoguidance_scale=1.0, fake_noise="all", gan=False,
-        diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl", batch_mean=torch.mean,
+        discriminator=False, diffusion_gan_max_timestep=NUM_TRAIN_TIMESTEPS, f_div="rkl", batch_mean=torch.mean,
     ):
         super().__init__()
         if f_div != "rkl" and not gan:
@@ -96,7 +131,10 @@ class GuidanceModel(nn.Module):
         self.real_unet = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.guide = None if guide is None else copy.deepcopy(guide).eval().requires_grad_(False)
         self.fake_unet = copy.deepcopy(teacher).train().requires_grad_(True)
-        self.cls_head = ClassifierHead(teacher.bottleneck_channels, teacher.bottleneck_size) if gan else None
+        self.cls_head = ClassifierHead(teacher.feature_channels[-1], teacher.bottleneck_size) if gan else None
+        self.discriminator = (
+            Discriminator(teacher.feature_channels, max(1, teacher.label_dim)) if discriminator else None
+        )
         self.cfg_scale, self.cfg_interval = cfg_scale, cfg_interval
         self.autoguidance_scale, self.f_div, self.batch_mean = autoguidance_scale, f_div, batch_mean
         self.diffusion_gan_max_timestep = diffusion_gan_max_timestep
@@ -171,7 +209,7 @@ class GuidanceModel(nn.Module):
 
     def logits(self, x_t, sigma, labels):
         """D(x_t): high where noised images look real for their labels, [B]."""
-        return self.cls_head(self.fake_unet(x_t, sigma, labels, return_bottleneck=True))
+        return self.cls_head(self.fake_unet(x_t, sigma, labels, return_features=True)[-1])
 
     def gan_noise(self, x, rng):
         """x noised to a random level, as a diffusion GAN sees it (section 4.3): x_t and sigma like add_noise."""
@@ -214,3 +252,34 @@ class GuidanceModel(nn.Module):
         # L_cls = mean(softplus(D(x_gen + sigma_t eps))) + mean(softplus(-D(x_real + sigma_t eps)))
         loss = F.softplus(fake).mean() + F.softplus(-real).mean()
         return loss, dict(logit_fake=fake.detach().mean(), logit_real=real.detach().mean())
+
+    def compute_gan_losses(self, x_gen, labels, x_real, real_labels, rng=None):
+        """Both sides of a GAN whose discriminator sees the frozen real_unet's features of noised images.
+
+        The generator's loss and the discriminator's, at once and of the same images (latent adversarial diffusion
+        distillation, Sauer et al. 2024, arXiv 2403.12015, section 3; the hinge loss, arXiv 1705.02894, section 3).
+
+        Args:
+            x_gen: generated images, float [B, 3, 32, 32], with a gradient to the generator.
+            labels: the classes they were generated for, [B].
+            x_real, real_labels: images of the dataset, float [B, 3, 32, 32] in [-1, 1], and their own classes, [B].
+            rng: StepRandom; None draws anew.
+
+        Returns:
+            a dict of two scalars, loss_gan, which leaves no gradient on this model, and loss_discriminator, which
+            leaves none on the generator; and a dict with logit_fake and logit_real, 0-d means.
+        """
+        rng = rng or fresh_random(x_gen.device)
+        fake = self.real_unet(*self.gan_noise(x_gen, rng), labels, return_features=True)
+        with torch.no_grad():
+            real = self.real_unet(*self.gan_noise(x_real, rng), real_labels, return_features=True)
+        with frozen(self.discriminator):
+            # L_gan = -mean(D(x_gen + sigma_t eps))
+            loss_gan = -self.discriminator(fake, labels).mean()
+        fake = self.discriminator([level.detach() for level in fake], labels)       # [B, L]
+        real = self.discriminator(real, real_labels)
+        # L_discriminator = mean(max(0, 1 + D(x_gen + sigma_t eps))) + mean(max(0, 1 - D(x_real + sigma_t eps)))
+        # Each head has its own hinges: in those of the mean, one that is sure would leave the others nothing to learn.
+        loss = F.relu(1 + fake).mean() + F.relu(1 - real).mean()
+        losses = dict(loss_gan=loss_gan, loss_discriminator=loss)
+        return losses, dict(logit_fake=fake.detach().mean(), logit_real=real.detach().mean())

@@ -68,21 +68,21 @@ class SelfAttention(nn.Module):
 class Denoiser(nn.Module):
     """EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1) around a raw network.
 
-    A subclass has network(x, c_noise, labels, return_bottleneck), and sets sigma_data, config (the arguments that make
-    it again), label_dim, and what the bottleneck has: bottleneck_channels at bottleneck_size x bottleneck_size pixels.
+    A subclass has network(x, c_noise, labels, return_features), and sets sigma_data, config (the arguments that make it
+    again), label_dim, feature_channels, a list, and bottleneck_size: pixels a side of the last, the bottleneck's.
     """
 
-    def forward(self, x, sigma, labels, return_bottleneck=False):
+    def forward(self, x, sigma, labels, return_features=False):
         """Estimate the clean image from a noisy one.
 
         Args:
             x: noisy images x_t = x_0 + sigma * eps, float [B, 3, 32, 32].
             sigma: standard deviation of the noise, > 0; a float, or a tensor of shape [], [B] or [B, 1, 1, 1].
             labels: class indices [B] (int64), -1 for no class.
-            return_bottleneck: return the bottleneck features instead, without running the way up.
+            return_features: return the features of the way down instead, without running the way up.
 
         Returns:
-            x0_hat, float32 [B, 3, 32, 32]; or the features [B, bottleneck_channels, bottleneck_size, bottleneck_size].
+            x0_hat, float32 [B, 3, 32, 32]; or a list of features [B, C, H, W]: each level's, then the bottleneck's.
 
         Raises:
             ValueError: sigma has neither one element nor one per image.
@@ -101,8 +101,8 @@ class Denoiser(nn.Module):
         c_out = sigma * sd / (sigma**2 + sd**2).sqrt()
         c_in = 1 / (sigma**2 + sd**2).sqrt()
         c_noise = sigma.log() / 4
-        f = self.network(c_in * x, c_noise.flatten(), labels, return_bottleneck)
-        return f if return_bottleneck else c_skip * x + c_out * f.float()           # [B, 3, 32, 32]
+        f = self.network(c_in * x, c_noise.flatten(), labels, return_features)
+        return f if return_features else c_skip * x + c_out * f.float()             # [B, 3, 32, 32]
 
 
 class SimpleUNet(Denoiser):
@@ -132,7 +132,7 @@ class SimpleUNet(Denoiser):
         self.sigma_embedding = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(label_dim, emb)
 
-        self.bottleneck_channels, self.bottleneck_size = width[-1], IMAGE_SIZE // 2**LEVELS
+        self.feature_channels, self.bottleneck_size = [*width[1:], width[-1]], IMAGE_SIZE // 2**LEVELS
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -152,10 +152,10 @@ class SimpleUNet(Denoiser):
         nn.init.zeros_(self.out_conv.weight)
         nn.init.zeros_(self.out_conv.bias)
 
-    def network(self, x, c_noise, labels, return_bottleneck=False):
+    def network(self, x, c_noise, labels, return_features=False):
         """The raw network F of table 1; arguments as in forward, x and sigma already preconditioned.
 
-        The bottleneck's features are [B, 8 * channels, 4, 4].
+        The features are [B, 2C, 16, 16], [B, 4C, 8, 8], [B, 8C, 4, 4] and, of the bottleneck, [B, 8C, 4, 4].
         """
         angles = c_noise[:, None] * self.freqs                                      # [B, C/2]
         emb = self.sigma_embedding(torch.cat([angles.cos(), angles.sin()], dim=1))  # [B, 4C]
@@ -172,8 +172,8 @@ class SimpleUNet(Denoiser):
                 h = block(h, emb)
             skips.append(h)                                     # [B, 2C, 16, 16], [B, 4C, 8, 8], [B, 8C, 4, 4]
         h = self.middle[1](self.attention(self.middle[0](h, emb)), emb)             # [B, 8C, 4, 4]
-        if return_bottleneck:
-            return h
+        if return_features:
+            return [*skips, h]
         for blocks in reversed(self.up):
             h = torch.cat([h, skips.pop()], dim=1)
             for block in blocks:

@@ -5,6 +5,7 @@
     python train.py --num_denoising_steps 4                      # a generator of four steps
     python train.py --teacher runs/demo/teacher --preset demo    # minutes on a CPU
     python train.py --teacher edm-cifar10-32x32-cond-vp.pkl      # EDM's published network
+    python train.py --init weights/student.pt --fit_steps 0 --gan_steps 600 --steps 600  # a GAN alone, of a student
     python train.py --resume                                     # goes on where runs/dmd2 stopped
 
 Neither loss shows progress (each chases a moving target): look at runs/dmd2/grids, the teacher on the left and the
@@ -12,6 +13,7 @@ student from the same noise on the right. Losses and speed: runs/dmd2/log.jsonl,
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -79,6 +81,9 @@ def parse_args(argv=None):
     )
     generator = parser.add_argument_group("the generator")
     generator.add_argument(
+        "--init", type=flags.path, help="a student of the same teacher or another, whose averaged weights to begin with"
+    )
+    generator.add_argument(
         "--conditioning_sigma", type=flags.noise, default=80.0, help="noise level that the generator starts from"
     )
     generator.add_argument(
@@ -120,6 +125,13 @@ def parse_args(argv=None):
         "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
         help="the GAN sees images noised to a random one of so many of the 1000 Karras steps; 0: clean images",
     )
+    gan.add_argument(
+        "--gan_steps", type=flags.natural, default=0,
+        help="last steps, of a GAN alone, whose discriminator sees the frozen teacher's features and learns by itself "
+        "in the first --warmup_steps of them; 0: none",
+    )
+    gan.add_argument("--gan_lr", type=flags.rate, default=3e-5, help="learning rate of feedforward_model in these")
+    gan.add_argument("--discriminator_lr", type=flags.rate, default=1e-3, help="learning rate of that discriminator")
     flags.add_dataset(gan, dataset=None, data_dir=None)
     flags.add_measuring(parser)
     args, state = resume.parse(parser, "student", PRESETS, teachers.fitting, argv, FIXED)
@@ -135,8 +147,12 @@ def parse_args(argv=None):
         parser.error("--cls_loss_weight 0 would leave the GAN's head as it starts, at random")
     if args.f_div != "rkl" and args.diffusion_gan_max_timestep <= diffusion.timestep(args.max_step_percent):
         parser.error(f"--f_div {args.f_div} needs the head at every noise: --diffusion_gan_max_timestep 1000")
-    if args.fit_steps > args.steps:
-        parser.error(f"--fit_steps {args.fit_steps} is more than --steps {args.steps}, of which they are the first")
+    if args.fit_steps + args.gan_steps > args.steps:
+        first, last = f"--fit_steps {args.fit_steps}", f"--gan_steps {args.gan_steps}"
+        parser.error(f"{first} and {last} are more than --steps {args.steps}, of which they are the first and the last")
+    if 0 < args.gan_steps <= args.warmup_steps:
+        waits = f"--warmup_steps {args.warmup_steps}, in which the generator waits"
+        parser.error(f"--gan_steps {args.gan_steps} are not more than {waits}")
     if args.num_denoising_steps > 1 and args.conditioning_sigma <= args.sigma_min:
         parser.error(f"--conditioning_sigma {args.conditioning_sigma} is not above --sigma_min {args.sigma_min}")
     if args.min_step_percent > args.max_step_percent:
@@ -192,14 +208,23 @@ def fitting(args, model, optimizer, step_generator, num_classes, device, records
     return lambda step, rngs, factor: fit_step(rngs, *pairs(step, *processes.SHARE), factor)
 
 
+def begin_gan(state, parts):
+    """Where a run that goes on has no discriminator yet, give its state the fresh one."""
+    for name in ("gan_optimizer", "discriminator_optimizer", "batches"):
+        state.setdefault(name, parts[name].state_dict())
+    fresh = {name: weight for name, weight in parts["model"].state_dict().items() if ".discriminator." in name}
+    state["model"] = fresh | state["model"]
+
+
 def main(argv=None):
     args, state = parse_args(argv)
     device = hardware.start(args)
     source, teacher, guide = teachers.load(args, state)
     gan = args.gen_cls_loss_weight > 0
+    ends_as_gan = args.gan_steps > 0 or (state is not None and "gan_optimizer" in state)
     data.name_dataset(args, source)                 # evaluate.py takes it from the student, with or without a GAN
-    dataset = data.from_flags(args, source) if gan or args.eval_every else None
-    torch.manual_seed(args.seed)                    # for cls_head; the rest starts from the teacher
+    dataset = data.from_flags(args, source) if gan or ends_as_gan or args.eval_every else None
+    torch.manual_seed(args.seed)                    # for cls_head and discriminator; the rest starts from the teacher
 
     # --- generator, guidance, EMA, optimizers ------------------------------------------------------------------------
     model = UnifiedModel(
@@ -207,9 +232,12 @@ def main(argv=None):
         min_step_percent=args.min_step_percent, max_step_percent=args.max_step_percent,
         cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval, guide=guide,
         autoguidance_scale=args.autoguidance_scale, fake_noise=args.fake_noise, gan=gan, f_div=args.f_div,
-        diffusion_gan_max_timestep=args.diffusion_gan_max_timestep, batch_mean=processes.batch_mean,
+        discriminator=ends_as_gan, diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
+        batch_mean=processes.batch_mean,
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
+    if args.init and not state:
+        teachers.begin_with_student(args.init, generator, source["classes"], model.denoising_sigmas)
     ema = EMA(generator, args.ema_decay)
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
     generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16, fp16)
@@ -219,8 +247,15 @@ def main(argv=None):
     guidance_optimizer = Optimizer(args.optimizer, guidance_lrs, bf16, fp16)
     # `model` holds the teacher and its guide too, so that a run stands on its own.
     parts = dict(model=model, ema=ema, generator_optimizer=generator_optimizer, guidance_optimizer=guidance_optimizer)
-    if gan:
+    if ends_as_gan:                                 # without Adam's momentum, as in StyleGAN
+        adam = partial(Optimizer, "adam", bf16=bf16, fp16=fp16, betas=(0.0, 0.99))
+        gan_optimizer = adam({generator: args.gan_lr})
+        discriminator_optimizer = adam({guidance.discriminator: args.discriminator_lr})
+        parts.update(gan_optimizer=gan_optimizer, discriminator_optimizer=discriminator_optimizer)
+    if gan or ends_as_gan:
         batches = parts["batches"] = data.Batches(dataset, args.batch_size, args.seed, device)
+    if state and args.gan_steps:
+        begin_gan(state, parts)
     resume.restore(args, state, parts)
 
     known = dict(
@@ -248,12 +283,22 @@ def main(argv=None):
             network.compile(dynamic=False)          # the GAN's two batches in one would make shapes look variable
 
     # --- the steps, and the loop --------------------------------------------------------------------------------------
-    def step_generator(factor):
-        norm = generator_optimizer.clip(args.max_grad_norm)
-        generator_optimizer.step(factor)
-        generator_optimizer.zero_grad()
+    def step_generator(factor, optimizer=generator_optimizer):
+        norm = optimizer.clip(args.max_grad_norm)
+        optimizer.step(factor)
+        optimizer.zero_grad()
         ema.update_parameters(generator)
         return norm
+
+    def generate(rng, num_steps):
+        z = rng.normal(n, 3, 32, 32).to(memory_format=torch.channels_last)          # [B, 3, 32, 32]
+        labels = rng.integers(0, len(known["classes"]) - 1, n)                      # [B]
+        with hardware.autocast(device, args.precision):
+            return model.generate(z, labels, rng, num_steps), labels
+
+    def real_images(x_real, real_labels, part, parts, rng):
+        x_real, real_labels = x_real.chunk(parts)[part], real_labels.chunk(parts)[part]
+        return data.random_flip(x_real, rng) if args.flip else x_real, real_labels  # [B, 3, 32, 32], [B]
 
     records = args.compile and args.record and not fp16
     fit_step = fitting(args, model, generator_optimizer, step_generator, len(known["classes"]), device, records)
@@ -262,10 +307,8 @@ def main(argv=None):
     def train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor):
         log, parts, k = {}, [], len(rngs)           # the batch has --accumulate parts, with a rng each
         for rng in rngs:
-            z = rng.normal(n, 3, 32, 32).to(memory_format=torch.channels_last)      # [B, 3, 32, 32]
-            labels = rng.integers(0, len(known["classes"]) - 1, n)                  # [B]
-            with torch.set_grad_enabled(trains_generator), hardware.autocast(device, args.precision):
-                x_gen = model.generate(z, labels, rng, num_steps)                   # [B, 3, 32, 32]
+            with torch.set_grad_enabled(trains_generator):
+                x_gen, labels = generate(rng, num_steps)                            # [B, 3, 32, 32], [B]
             parts.append((rng, x_gen.detach(), labels))
             if trains_generator:
                 with hardware.autocast(device, args.precision):
@@ -279,9 +322,7 @@ def main(argv=None):
 
         guidance_optimizer.zero_grad()              # of what a generator's loss may have left there
         for part, (rng, x_gen, labels) in enumerate(parts):
-            real = [batch.chunk(k)[part] for batch in (x_real, real_labels)] if gan else []
-            if gan and args.flip:
-                real[0] = data.random_flip(real[0], rng)                            # [B, 3, 32, 32]
+            real = real_images(x_real, real_labels, part, k, rng) if gan else ()
             with hardware.autocast(device, args.precision):
                 losses, logits = model.guidance_turn(x_gen, labels, rng, *real)
             loss = losses["loss_fake"] + args.cls_loss_weight * losses.get("cls_loss", 0)
@@ -292,16 +333,40 @@ def main(argv=None):
         guidance_optimizer.step(factor)
         return log
 
+    @recorded(device, records)
+    def gan_step(rngs, trains_generator, num_steps, x_real, real_labels, factor):
+        log, k = {}, len(rngs)
+        for part, rng in enumerate(rngs):
+            with torch.set_grad_enabled(trains_generator):
+                x_gen, labels = generate(rng, num_steps)                            # [B, 3, 32, 32], [B]
+            real = real_images(x_real, real_labels, part, k, rng)
+            with hardware.autocast(device, args.precision):
+                losses, logits = model.gan_turn(x_gen, labels, *real, rng)
+            if trains_generator:
+                gan_optimizer.backward(losses["loss_gan"] / k)
+            discriminator_optimizer.backward(losses["loss_discriminator"] / k)
+            add_part(log, k, **losses, **logits)
+        if trains_generator:
+            log["generator_grad_norm"] = step_generator(factor, gan_optimizer)
+        log["discriminator_grad_norm"] = discriminator_optimizer.clip(args.max_grad_norm)
+        discriminator_optimizer.step()
+        discriminator_optimizer.zero_grad()
+        return log
+
     for step in run.steps():
         rngs = [StepRandom(args.seed, step, device, *share) for share in processes.shares(args.accumulate)]
         factor = lr_factor(step, args)              # learning rates, as a fraction of their peaks
         if step < args.fit_steps:
             log = fit_step(step, rngs, factor)
         else:
-            trains_generator = step % args.dfake_gen_update_ratio == 0
             num_steps = 1 + rngs[0].choice(args.num_denoising_steps)    # of the generator, in this step of the training
-            real = batches(step, *processes.SHARE) if gan else (None, None)         # [B, 3, 32, 32], [B]
-            log = train_step(rngs, trains_generator, num_steps, *real, factor)
+            alone = step >= args.steps - args.gan_steps                 # the GAN
+            real = batches(step, *processes.SHARE) if gan or alone else (None, None)        # [B, 3, 32, 32], [B]
+            if alone:
+                log = gan_step(rngs, factor > 0, num_steps, *real, factor)
+            else:
+                trains_generator = step % args.dfake_gen_update_ratio == 0
+                log = train_step(rngs, trains_generator, num_steps, *real, factor)
         run.count(**log)
         run.keep(draw_grids)
 

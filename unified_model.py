@@ -5,6 +5,7 @@
     losses, log = model.fit_turn(z, labels, x_ode)                # of the first steps, where there are pairs
     losses, log = model.generator_turn(x_gen, labels, rng)        # every dfake_gen_update_ratio steps
     losses, log = model.guidance_turn(x_gen, labels, rng)         # every step
+    losses, log = model.gan_turn(x_gen, labels, x_real, real_labels, rng)       # of the last steps, both sides' turn
 """
 
 import copy
@@ -78,3 +79,7 @@ class UnifiedModel(nn.Module):
         if guidance.cls_head is not None:
             losses["cls_loss"], log = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng)
         return losses, log
+
+    def gan_turn(self, x_gen, labels, x_real, real_labels, rng=None):
+        """The losses of a GAN alone, the generator's and the discriminator's, and the mean logits, two dicts."""
+        return self.guidance_model.compute_gan_losses(x_gen, labels, x_real, real_labels, rng)

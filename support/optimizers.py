@@ -142,9 +142,10 @@ class Optimizer:
         rates: network -> peak learning rate; the networks are on their device.
         bf16: whether Muon computes its products so.
         fp16: whether the networks run in float16, so that the loss must be scaled up.
+        betas: Adam's.
     """
 
-    def __init__(self, name, rates, bf16=False, fp16=False):
+    def __init__(self, name, rates, bf16=False, fp16=False, betas=(0.9, 0.999)):
         def inside(weight):
             return name == "muon" and weight.ndim == 4 and min(weight.shape[:2]) > 3
 
@@ -156,7 +157,7 @@ class Optimizer:
 
         self.networks, self.rates = list(rates), list(rates.values())
         self.recordable = any(p.is_cuda for network in rates for p in network.parameters())
-        self.parts = dict(adam=torch.optim.Adam(groups(False), fused=True, capturable=self.recordable))
+        self.parts = dict(adam=torch.optim.Adam(groups(False), betas=betas, fused=True, capturable=self.recordable))
         if name == "muon":
             self.parts["muon"] = Muon(groups(True), bf16)
         self.scale, self.good_steps = FIRST_SCALE if fp16 else 1.0, 0
@@ -216,14 +217,19 @@ class Optimizer:
 def lr_factor(step, args):
     """Learning rate at a step, as a fraction of its peak: a linear rise, then constant or half a cosine to zero.
 
-    Before that, in the first --fit_steps of train.py, half a cosine of their own.
+    Before that, in the first --fit_steps of train.py, half a cosine of their own; in its last --gan_steps all of this,
+    with zero for the rise, while the discriminator learns alone.
     """
     fit_steps = getattr(args, "fit_steps", 0)
     if step < fit_steps:
         return half_cosine(step / fit_steps)
-    step, steps = step - fit_steps, args.steps - fit_steps
+    gan_steps = getattr(args, "gan_steps", 0)
+    gan_start = args.steps - gan_steps
+    in_gan = gan_steps and step >= gan_start
+    start, end = (gan_start, args.steps) if in_gan else (fit_steps, gan_start)
+    step, steps = step - start, end - start
     if step < args.warmup_steps:
-        return (step + 1) / args.warmup_steps
+        return 0.0 if in_gan else (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
     return half_cosine(progress) if args.lr_schedule == "cosine" else 1.0
 

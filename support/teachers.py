@@ -54,6 +54,26 @@ def begin_from(path, net, classes):
     processes.main_only(print)(f"begins from {checkpoint.find(path)}, step {source['step']}{how}")
 
 
+def begin_with_student(path, generator, classes, sigmas):
+    """Give a fresh generator the averaged weights of a student that began at the same noise levels.
+
+    Raises:
+        CheckpointError: there is no such student, or it has another network.
+        UsageError: it has other classes, or other noise levels.
+    """
+    source = checkpoint.load(path, kind="student")
+    if source["classes"] != classes:
+        raise UsageError(f"the classes of --init {path} are not those of the teacher")
+    if source["denoising_sigmas"] != sigmas:
+        raise UsageError(f"the student of --init starts at the noise levels {source['denoising_sigmas']}, not {sigmas}")
+    with resume.restoring(path):
+        theirs, ours = networks.described(networks.rebuild(source["model_config"])), networks.described(generator)
+        if theirs != ours:
+            raise ValueError(f"its network is {theirs}, the teacher's {ours}")
+        generator.load_state_dict(source["model_ema"])
+    processes.main_only(print)(f"begins with the student {checkpoint.find(path)}, step {source['step']}")
+
+
 def load(args, state):
     """The teacher that train.py distils, checked against the flags: --teacher, or what a resumed run holds of it.
 

@@ -22,7 +22,7 @@ def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, man
     assert call(train0, *teacher_flags(many), *first, "--steps", "2") == 0
     every_loss = ["--gen_cls_loss_weight", "1e-2", "--f_div", "js", "--max_step_percent", "1"]
     every_loss += ["--cfg_scale", "2", "--cfg_interval", "0.1", "10", "--fake_noise", "dm"]
-    every_loss += ["--autoguidance_scale", "2"]
+    every_loss += ["--autoguidance_scale", "2", "--warmup_steps", "0", "--gan_steps", "1"]
     second = ["--teacher", a, "--run_dir", b, "--num_denoising_steps", "2", *every_loss]
     assert call(train, *TINY, *second, *measured, *there, "--steps", "2") == 0
     assert call(train, "--run_dir", b, "--resume", "--steps", "4", *there) == 0

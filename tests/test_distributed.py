@@ -27,7 +27,7 @@ STUDENT = [
     "2", "--conditioning_sigma", "80",
 ]
 PLAIN = [*FP32, "--optimizer", "muon", "--dfake_gen_update_ratio", "2", "--ema_decay", "0"]
-PLAIN += ["--fit_steps", "2", "--ode_pairs", "8"]
+PLAIN += ["--fit_steps", "2", "--ode_pairs", "8", "--warmup_steps", "0", "--gan_steps", "1"]
 
 
 STARTED = []

@@ -102,10 +102,11 @@ def test_known_answers():
     net.load_state_dict(weights)
     level = sigma.view(-1, 1, 1, 1)
     raw = net.network(x / (level**2 + 0.25).sqrt(), sigma.log() / 4, labels)
-    features = net(x, sigma, labels, return_bottleneck=True)
-    assert features.shape[1] == net.bottleneck_channels and features.shape[2:] == (8, 8)
+    features = net(x, sigma, labels, return_features=True)
+    assert [level.shape[1] for level in features] == net.feature_channels
+    assert [level.shape[2] for level in features] == [32, 16, 8, net.bottleneck_size]
     for found, name in (
-        (net(x, sigma, labels), "denoised"), (raw, "raw_F"), (features, "bottleneck_after_in1")
+        (net(x, sigma, labels), "denoised"), (raw, "raw_F"), (features[-1], "bottleneck_after_in1")
     ):
         torch.testing.assert_close(found, answers[name], rtol=1e-5, atol=1e-5)
 
@@ -116,7 +117,7 @@ def test_the_published_size():
         assert net(torch.empty(2, 3, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long)).shape == (2, 3, 32, 32)
     augment = 9 * 128                   # weights of its inputs for labels of augmentation, which are left out
     assert sum(p.numel() for p in net.parameters()) == 55_735_299 - augment
-    assert net.bottleneck_channels == 256
+    assert net.feature_channels == [256] * 4
 
 
 def test_preconditioning_is_float32_under_autocast():

@@ -229,7 +229,7 @@ def test_gan_losses_are_softplus_of_the_logits():
         sigma = guidance.sigmas[rng.integers(0, 999, 4, 1, 1, 1)]
         x_t = x + sigma * rng.normal(4, 3, 32, 32)
         logits.append(guidance.logits(x_t, sigma, y).detach())
-        features = guidance.fake_unet(x_t, sigma, y, return_bottleneck=True)
+        features = guidance.fake_unet(x_t, sigma, y, return_features=True)[-1]
         assert torch.equal(logits[-1], guidance.cls_head(features).detach())
         assert (guidance.logits(x_t, sigma, y.flip(0)) - logits[-1]).abs().max() > 1e-3             # y matters
     logits = torch.cat(logits)
@@ -407,7 +407,7 @@ class MixtureDenoiser(nn.Module):
 class SmallDenoiser(nn.Module):
     """A preconditioned perceptron for "images" of two numbers, [B, 2, 1, 1]."""
 
-    bottleneck_channels, bottleneck_size = 16, 4
+    feature_channels, bottleneck_size, label_dim = [16], 4, 1
 
     def __init__(self):
         super().__init__()
@@ -416,13 +416,13 @@ class SmallDenoiser(nn.Module):
         )
         self.up = nn.Sequential(nn.Linear(16, 128), nn.SiLU(), nn.Linear(128, 2))
 
-    def forward(self, x, sigma, labels, return_bottleneck=False):
+    def forward(self, x, sigma, labels, return_features=False):
         sigma = torch.as_tensor(sigma).float().reshape(-1, 1).expand(len(x), 1)
         scale = (sigma**2 + 0.25).sqrt()
         angles = sigma.log() / 4 * 2 ** torch.linspace(0, 5, 8)
         h = self.down(torch.cat([x.flatten(1) / scale, angles.cos(), angles.sin()], dim=1))
-        if return_bottleneck:
-            return h[:, :, None, None].expand(-1, -1, 4, 4)
+        if return_features:
+            return [h[:, :, None, None].expand(-1, -1, 4, 4)]
         return (0.25 / scale**2 * x.flatten(1) + 0.5 * sigma / scale * self.up(h)).view_as(x)
 
 

@@ -18,7 +18,10 @@ def test_shapes(channels):
     net = SimpleUNet(channels=channels, label_dim=7)
     x, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 6])
     assert net(x, torch.rand(3) + 0.1, labels).shape == x.shape
-    assert net(x, torch.rand(3) + 0.1, labels, return_bottleneck=True).shape == (3, 8 * channels, 4, 4)
+    features = net(x, torch.rand(3) + 0.1, labels, return_features=True)
+    wanted = [(2 * channels, 16), (4 * channels, 8), (8 * channels, 4), (8 * channels, net.bottleneck_size)]
+    assert [(level.shape[1], level.shape[2]) for level in features] == wanted
+    assert net.feature_channels == [c for c, _ in wanted]
     assert net(x[:1], 80.0, labels[:1]).shape == (1, 3, 32, 32)
 
 
@@ -53,7 +56,7 @@ def test_the_network_sees_unit_variance_and_is_scaled_by_c_out():
     net = SimpleUNet(channels=16)
     seen = {}
 
-    def network(x, c_noise, labels, return_bottleneck):
+    def network(x, c_noise, labels, return_features):
         seen.update(std=x.std().item(), c_noise=c_noise)
         return torch.ones_like(x)
 
@@ -70,14 +73,14 @@ def test_the_network_sees_unit_variance_and_is_scaled_by_c_out():
 def test_sigma_and_label_change_the_image():
     net = trained_net(channels=16)
     x, zero, one = torch.randn(1, 3, 32, 32), torch.tensor([0]), torch.tensor([1])
-    bottleneck = net(x, 1.0, zero, return_bottleneck=True)
+    features = net(x, 1.0, zero, return_features=True)
     assert not torch.allclose(net(x, 1.0, zero), net(x, 1.0, one))
     # Neighbouring noise levels are told apart at both ends of the schedule, where a raw embedding could not.
     for low, high in ((0.002, 0.004), (40.0, 80.0)):
         a, b = (net.network(x, torch.tensor([s]).log() / 4, zero) for s in (low, high))
         assert (a - b).abs().mean() > 1e-3 * a.abs().mean()
-    assert not torch.allclose(bottleneck, net(x, 1.0, one, return_bottleneck=True))
-    assert not torch.allclose(bottleneck, net(x, 2.0, zero, return_bottleneck=True))
+    for other in net(x, 1.0, one, return_features=True), net(x, 2.0, zero, return_features=True):
+        assert not any(torch.allclose(a, b) for a, b in zip(features, other, strict=True))
 
 
 def test_gradient_reaches_every_parameter():

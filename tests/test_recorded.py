@@ -98,18 +98,19 @@ def test_recorded_training_stopped_and_resumed_is_the_plain_one(tmp_path, teache
     flags = [*teacher_flags(photographs), *TEACHER] if script is train0 else ["--teacher", run, *TINY, *STUDENT]
     flags += [*RATES, "--optimizer", optimizer, "--precision", "fp32", "--sample_every", "100", "--seed", "1"]
     plain, resumed = str(tmp_path / "plain"), str(tmp_path / "resumed")
-    assert call(script, *flags, "--steps", "12", "--run_dir", plain) == 0
+    last = ["--gan_steps", "12"] if script is train else []
+    assert call(script, *flags, *last, "--steps", "24", "--run_dir", plain) == 0
     made = []
     monkeypatch.setattr(script, "recorded", lambda device, wanted: lambda step: made.append(OnCPU(step)) or made[-1])
     monkeypatch.setattr(recorded, "WARM_UP", 1)
     assert call(script, *flags, "--steps", "4", "--run_dir", resumed) == 0
-    assert call(script, "--resume", "--steps", "12", "--run_dir", resumed, "--device", "cpu") == 0
+    assert call(script, "--resume", *last, "--steps", "24", "--run_dir", resumed, "--device", "cpu") == 0
 
     # One for a teacher; for a student with or without its generator's turn, of one or two steps: seed 1 has each.
-    replayed = [recording.replay is not None for recording in made[-1].recordings.values()]
-    assert replayed == [True] * (4 if script is train else 1)
-    if script is train:                             # the first steps, which fit
-        assert [recording.replay is not None for recording in made[0].recordings.values()] == [True]
+    # The first steps of a student fit, its last are a GAN's, these too of one or two steps.
+    recordings = [[recording.replay is not None for recording in one.recordings.values()] for one in made]
+    wanted = [[True], [], [True] * 4, [True] * 4] if script is train else [[True], [True]]
+    assert [recordings[0], *recordings[-(len(wanted) - 1):]] == wanted
     ours, theirs = checkpoint.load(resumed), checkpoint.load(plain)
     for name in ("model", "model_ema"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)

@@ -117,6 +117,31 @@ def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
     assert not os.path.exists(tmp_path / "b")
 
 
+def test_a_student_begins_with_the_weights_of_another(tmp_path, teacher, capsys, tree):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    flags = ["--teacher", teacher, *TINY, "--conditioning_sigma", "3", "--steps", "1"]
+    assert call(train, *flags, "--generator_lr", "1e-2", "--warmup_steps", "0", "--run_dir", first) == 0
+    assert call(train, *flags, "--generator_lr", "1e-12", "--run_dir", second, "--init", first) == 0
+    assert f"begins with the student {first}/checkpoint.pt, step 1" in capsys.readouterr().out
+    theirs, state = checkpoint.load(first), checkpoint.load(second)
+    for name, value in theirs["model_ema"].items():
+        torch.testing.assert_close(state["model_ema"][name], value)
+    assert any(not torch.equal(value, state["model"][f"guidance_model.real_unet.{name}"])
+               for name, value in theirs["model_ema"].items())
+    assert call(train, "--run_dir", second, "--resume", "--device", "cpu", "--steps", "2") == 0
+    assert "begins with" not in capsys.readouterr().out
+
+    other = str(tmp_path / "other")                 # of more channels
+    images = ["--dataset", "folder", "--data_dir", tree]
+    assert call(train0, *images, *TINY, "--channels", "16", "--steps", "1", "--run_dir", other) == 0
+    for flag, said in (
+        (["--conditioning_sigma", "80"], "noise levels [3.0], not [80.0]"), (["--init", teacher], "student"),
+        (["--teacher", other], "its network is"),
+    ):
+        assert call(train, *flags, "--init", first, *flag, "--run_dir", str(tmp_path / "c")) == 2
+        assert said in capsys.readouterr().err and not os.path.exists(tmp_path / "c")
+
+
 def test_a_run_of_days_says_which_preset_fits(tmp_path, tree, capsys):
     flags = [*teacher_flags(tree), "--log_every", "1", "--max_minutes", "0.02", "--run_dir"]
     assert call(train0, *flags, str(tmp_path / "a"), "--steps", "1000000000") == 0

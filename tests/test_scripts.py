@@ -197,6 +197,8 @@ EVERYTHING = [
 @pytest.mark.parametrize(("at_step", "signum", "more"), [
     (2, signal.SIGINT, []), (5, signal.SIGTERM, ["--ema_decay", "0"]), (4, signal.SIGTERM, EVERYTHING),
     (2, signal.SIGTERM, ["--fit_steps", "5", "--ode_pairs", "8", "--batch_size", "4"]),
+    (4, signal.SIGTERM, ["--gan_steps", "4", "--warmup_steps", "1", "--gan_lr", "1e-2", "--optimizer", "muon"]),
+    (3, signal.SIGTERM, ["--gan_steps", "4", "--warmup_steps", "2"]),
 ])
 def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch, teacher, at_step, signum, more):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
@@ -700,7 +702,9 @@ WRONG = [
     (train, ["--conditioning_sigma", "nan"], "--conditioning_sigma"),
     (train, ["--min_step_percent", "0.9", "--max_step_percent", "0.1"], "--min_step_percent"),
     (train, ["--max_step_percent", "1.5"], "--max_step_percent"),
-    (train, ["--fit_steps", "9", "--steps", "8"], "--fit_steps 9 is more than --steps 8"),
+    (train, ["--fit_steps", "9", "--steps", "8"], "--fit_steps 9 and --gan_steps 0 are more than --steps 8"),
+    (train, ["--fit_steps", "4", "--gan_steps", "5", "--steps", "8"], "--gan_steps 5 are more than --steps 8"),
+    (train, ["--gan_steps", "9", "--warmup_steps", "9"], "in which the generator waits"),
     (train, ["--sigma_min", "90"], "--sigma_min"),
     (train, ["--dfake_gen_update_ratio", "0"], "--dfake_gen_update_ratio"),
     (train, ["--generator_lr", "inf"], "--generator_lr"),

@@ -186,8 +186,8 @@ def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
 def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, teacher, parts):
     both = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0", *SIGMAS]
     calls = {train0: ["--dataset", "folder", "--data_dir", photographs, "--channels", "8", "--label_dropout", "0.5"]}
-    calls[train] = ["--teacher", teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
     calls[train] += ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--generator_lr", "1e-3"]
+    calls[train] += ["--gan_steps", "1"]
     for script, flags in calls.items():
         runs = [tmp_path / f"{script.__name__}{n}" for n in (1, parts)]
         for run, n in zip(runs, (1, parts), strict=True):
@@ -204,16 +204,17 @@ def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, 
 def test_float16_learns_as_float32_does(tmp_path, photographs, teacher):
     few = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "3", "--warmup_steps", "0", *SIGMAS]
     few += ["--log_every", "1"]
-    calls = {train0: [*teacher_flags(photographs)], train: ["--teacher", teacher]}
+    calls = {train0: [*teacher_flags(photographs)], train: ["--teacher", teacher, "--gan_steps", "1"]}
     for script, flags in calls.items():
         losses = {}
         for precision in ("fp32", "fp16"):
             run = tmp_path / script.__name__ / precision
             assert call(script, *flags, *few, "--precision", precision, "--run_dir", str(run)) == 0
-            losses[precision] = [row.get("loss", row.get("loss_fake")) for row in log_of(run)]
+            names = ("loss", "loss_fake", "loss_discriminator")
+            losses[precision] = [row[name] for row in log_of(run) for name in names if name in row]
         assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp16"] != losses["fp32"]
         optimizer = "optimizer" if script is train0 else "guidance_optimizer"
-        assert checkpoint.load(run)[optimizer]["scale"] == (2.0**16, 3)
+        assert checkpoint.load(run)[optimizer]["scale"] == (2.0**16, 3 if script is train0 else 2)
 
 
 def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, teacher, monkeypatch):
@@ -296,3 +297,6 @@ def test_the_learning_rate_rises_and_then_stays_or_falls_to_zero():
     fit = [optimizers.lr_factor(step, args) for step in (0, 10, 20)]
     assert fit == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5]) and optimizers.lr_factor(39, args) < 0.002
     assert [optimizers.lr_factor(step, args) for step in (40, 49, 50, 150)] == pytest.approx([0.1, 1, 1, 0])
+    args = argparse.Namespace(warmup_steps=10, steps=200, lr_schedule="cosine", fit_steps=40, gan_steps=50)
+    found = [optimizers.lr_factor(step, args) for step in (40, 50, 100, 149, 159, 160, 180, 200)]
+    assert found == pytest.approx([0.1, 1, 0.5, 0, 0, 1, 0.5, 0], abs=1e-3) and found[4] == 0

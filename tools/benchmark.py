@@ -8,6 +8,7 @@ The steps are those of train0.py and train.py by preset cifar10_gpu, taken out o
     teacher_step     forward, backward, clipping, optimizer and EMA of train0.py
     both_turns       of train.py, as in every dfake_gen_update_ratio-th step
     guidance_turn    of train.py, as in the other steps
+    gan_turn         of train.py, as in its --gan_steps
 On CUDA each launched kernel by kernel, and recorded and replayed as one (support/recorded.py). Milliseconds a step: of
 the whole, of the host until all is launched, of the kernels alone; and how many launches the host makes.
 """
@@ -32,7 +33,7 @@ from support import errors, flags, hardware, records
 from support.randomness import StepRandom
 from support.recorded import WARM_UP, Recorded
 
-PARTS = ("teacher_step", "both_turns", "guidance_turn")
+PARTS = ("teacher_step", "both_turns", "guidance_turn", "gan_turn")
 KERNELS = 12                                        # so many of those that take longest are named, on CUDA
 
 
@@ -81,14 +82,17 @@ def take(script, argv):
 
 
 def steps(args, device, folder):
-    """Yields name, step and arguments of each part; those of train.py with --teacher, or one of three steps."""
+    """Yields name, step and arguments of each part; those of train.py with --teacher, or one of three steps.
+
+    With --teacher there is no gan_turn, as the images that it learned from may not be here.
+    """
     common = ["--preset", "cifar10_gpu", "--seed", str(args.seed), "--device", str(device)]
     common += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--optimizer", args.optimizer]
     compiled = ["--compile" if args.compile else "--no-compile"]
     network = ["--dataset", "shapes", "--channels", str(args.channels)]
     if "teacher_step" in args.parts and not args.teacher:
         yield "teacher_step", *take(train0, [*common, *network, *compiled, "--run_dir", f"{folder}/taken"])
-    if {"both_turns", "guidance_turn"} & set(args.parts):
+    if set(args.parts) - {"teacher_step"}:
         teacher = ["--teacher", f"{folder}/teacher"]            # no longer with the zeros that a network starts with
         if args.teacher:
             teacher = ["--teacher", args.teacher, "--cfg_scale", "1", "--autoguidance_scale", "1"]
@@ -101,6 +105,9 @@ def steps(args, device, folder):
         for name in ("both_turns", "guidance_turn"):
             if name in args.parts:
                 yield name, step, (name == "both_turns", *others)
+        if "gan_turn" in args.parts and not args.teacher:
+            gan = ["--warmup_steps", "0", "--steps", "1", "--gan_steps", "1"]
+            yield "gan_turn", *take(train, [*common, *compiled, *teacher, *run, *gan])
 
 
 def stepper(step, seed, device, arguments):

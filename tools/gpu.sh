@@ -5,14 +5,17 @@
 #     tools/gpu.sh tests OUT                 # the tests of devices: four minutes at most, as they compile
 #     tools/gpu.sh teacher OUT SECONDS DATA  # of the images in the folder DATA, DATA/<class>/<image>
 #     tools/gpu.sh student OUT SECONDS       # of that teacher
-#     tools/gpu.sh keep OUT NAME             # teacher, guide or student: its averaged weights, in pieces of 15 MB
+#     tools/gpu.sh gan OUT SECONDS           # the GAN alone, of that student
+#     tools/gpu.sh keep OUT NAME             # teacher, guide, student or gan: its averaged weights, in pieces of 15 MB
 #
 # The steps of teacher and student follow from what `speed` measured, so that each ends in its seconds, its cosine
 # whole. OUT gets logs, grids and weights (cat OUT/teacher.pt.* > teacher.pt); the runs themselves stay in runs/gpu.
-# From the environment: PYTHON (python3), PRESET (cifar10_gpu), FLAGS for the program that runs (none).
+# From the environment: PYTHON (python3), PRESET (cifar10_gpu), FLAGS for the program that runs (none), and for student
+# and gan TEACHER and STUDENT, other files or folders (runs/gpu/teacher and runs/gpu/student).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} PRESET=${PRESET:-cifar10_gpu} RUNS=runs/gpu
+TEACHER=${TEACHER:-$RUNS/teacher} STUDENT=${STUDENT:-$RUNS/student}
 mkdir -p "$2" "$RUNS"
 # What the benchmark compiles, training need not.
 export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=10 TORCHINDUCTOR_CACHE_DIR="$PWD/$RUNS/inductor"
@@ -53,10 +56,15 @@ teacher)
     ;;
 student)                                            # whose presets train the generator in every other step
     n=$(steps "$2" "$3" both_turns guidance_turn)
-    train train.py "$2" student "$3" "$n" --teacher $RUNS/teacher --fit_steps $((n / 10))
+    train train.py "$2" student "$3" "$n" --teacher "$TEACHER" --fit_steps $((n / 10))
+    ;;
+gan)
+    n=$(steps "$2" "$3" gan_turn)
+    train train.py "$2" gan "$3" "$n" --teacher "$TEACHER" --init "$STUDENT" --fit_steps 0 --gan_steps "$n"
     ;;
 keep)
-    declare -A files=([teacher]=teacher/checkpoint.pt [guide]=teacher/guide.pt [student]=student/checkpoint.pt)
+    declare -A files=([teacher]=teacher/checkpoint.pt [guide]=teacher/guide.pt [student]=student/checkpoint.pt
+        [gan]=gan/checkpoint.pt)
     "$PYTHON" - "$RUNS/${files[$3]}" "$RUNS/$3.pt" <<'PYTHON'
 import sys
 from support import checkpoint
@@ -65,7 +73,7 @@ PYTHON
     split -b 15000000 -d "$RUNS/$3.pt" "$2/$3.pt."
     ;;
 *)
-    echo "tools/gpu.sh speed|tests|teacher|student|keep OUT ..." >&2
+    echo "tools/gpu.sh speed|tests|teacher|student|gan|keep OUT ..." >&2
     exit 2
     ;;
 esac
