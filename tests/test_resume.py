@@ -120,9 +120,10 @@ def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
 def test_a_student_begins_with_the_weights_of_another(tmp_path, teacher, capsys, tree):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     flags = ["--teacher", teacher, *TINY, "--conditioning_sigma", "3", "--steps", "1"]
-    assert call(train, *flags, "--generator_lr", "1e-2", "--warmup_steps", "0", "--run_dir", first) == 0
+    far = ["--generator_lr", "1e-2", "--warmup_steps", "0", "--dfake_gen_update_ratio", "1", "--steps", "2"]
+    assert call(train, *flags, *far, "--run_dir", first) == 0
     assert call(train, *flags, "--generator_lr", "1e-12", "--run_dir", second, "--init", first) == 0
-    assert f"begins with the student {first}/checkpoint.pt, step 1" in capsys.readouterr().out
+    assert f"begins with the student {first}/checkpoint.pt, step 2" in capsys.readouterr().out
     theirs, state = checkpoint.load(first), checkpoint.load(second)
     for name, value in theirs["model_ema"].items():
         torch.testing.assert_close(state["model_ema"][name], value)

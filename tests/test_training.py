@@ -186,6 +186,7 @@ def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
 def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, teacher, parts):
     both = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0", *SIGMAS]
     calls = {train0: ["--dataset", "folder", "--data_dir", photographs, "--channels", "8", "--label_dropout", "0.5"]}
+    calls[train] = ["--teacher", teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
     calls[train] += ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--generator_lr", "1e-3"]
     calls[train] += ["--gan_steps", "1"]
     for script, flags in calls.items():

@@ -106,6 +106,7 @@ def steps(args, device, folder):
             if name in args.parts:
                 yield name, step, (name == "both_turns", *others)
         if "gan_turn" in args.parts and not args.teacher:
+            run = ["--fit_steps", "0", "--run_dir", f"{folder}/gan"]
             gan = ["--warmup_steps", "0", "--steps", "1", "--gan_steps", "1"]
             yield "gan_turn", *take(train, [*common, *compiled, *teacher, *run, *gan])
 
