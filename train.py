@@ -5,7 +5,7 @@
     python train.py --num_denoising_steps 4                      # a generator of four steps
     python train.py --teacher runs/demo/teacher --preset demo    # minutes on a CPU
     python train.py --teacher edm-cifar10-32x32-cond-vp.pkl      # EDM's published network
-    python train.py --init weights/student.pt --fit_steps 0 --gan_steps 600 --steps 600  # a GAN alone, of a student
+    python train.py --init weights/student.pt --fit_steps 0 --gan_steps 500 --steps 500  # a student, and a GAN alone
     python train.py --resume                                     # goes on where runs/dmd2 stopped
 
 Neither loss shows progress (each chases a moving target): look at runs/dmd2/grids, the teacher on the left and the
@@ -48,9 +48,10 @@ PRESETS = {
     ),
     # The same for one GPU: twice the width, eight times the images.
     "cifar10_gpu": dict(
-        batch_size=512, steps=6000, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.99,
+        batch_size=512, steps=6600, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.99,
         conditioning_sigma=80.0, min_step_percent=0.02, max_step_percent=0.65, fake_noise="dm",
-        fit_steps=600, ode_pairs=16_384, cfg_scale=2.0, cfg_interval=[0.15, 5.0],
+        fit_steps=600, ode_pairs=16_384, gan_steps=600, diffusion_gan_max_timestep=651,
+        cfg_scale=2.0, cfg_interval=[0.15, 5.0],
         optimizer="muon", lr_schedule="cosine", sample_every=400, save_every=1200, compile=True,
     ),
     # EDM's published network, as NVIDIA's FastGen distils it to an FID of 1.99, but with Adam for AdamW. Not run here.

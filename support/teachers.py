@@ -90,7 +90,7 @@ def load(args, state):
         UsageError, CheckpointError: the flags ask for what this teacher or this run cannot do.
     """
     source = state or checkpoint.load(args.teacher, kind="teacher")
-    left_out = [] if state else leave_out_guidance(args, source)
+    left_out = [] if state else leave_out(args, source)
     for name in ("sigma_min", "sigma_max"):
         if source[name] != getattr(args, name):
             raise UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
@@ -117,15 +117,17 @@ def load(args, state):
     return source, teacher, guide
 
 
-def leave_out_guidance(args, source):
-    """Set to 1 the scales of a preset, not of a flag, that this teacher was not made for; returns what to say of it."""
+def leave_out(args, source):
+    """Turn off what a preset, not a flag, asks of this teacher and it cannot give; returns what to say of it."""
     guide, said = guide_path(args, args.teacher), []
-    for name, missing in (
-        ("cfg_scale", not source.get("label_dropout") and "it was trained without --label_dropout"),
-        ("autoguidance_scale", guide and not Path(guide).exists() and f"there is no {checkpoint.GUIDE} beside it"),
+    images = args.dataset or source.get("settings", {}).get("dataset")
+    for name, off, missing in (
+        ("cfg_scale", 1.0, not source.get("label_dropout") and "it was trained without --label_dropout"),
+        ("autoguidance_scale", 1.0, guide and not Path(guide).exists() and f"there is no {checkpoint.GUIDE} beside it"),
+        ("gan_steps", 0, not images and "it does not name its images (--dataset)"),
     ):
-        if missing and getattr(args, name) != 1 and name not in args.given:
-            setattr(args, name, 1.0)
+        if missing and getattr(args, name) != off and name not in args.given:
+            setattr(args, name, off)
             said.append(f"no --{name}, as {missing}")
     return said
 

@@ -72,6 +72,16 @@ def test_guidance_that_a_teacher_cannot_give_is_left_out_of_a_preset_and_refused
     for flag in "--cfg_scale", "--autoguidance_scale":
         assert call(train, *few, flag, "2", "--run_dir", str(tmp_path / "b")) == 2
         assert flag in capsys.readouterr().err
+    # A shipped teacher does not say where its images are.
+    state, bare = checkpoint.load(teacher), str(tmp_path / "bare.pt")
+    checkpoint.save(bare, checkpoint.slim(state))
+    gpu = ["--teacher", bare, "--batch_size", "4", "--device", "cpu", "--preset", "cifar10_gpu", "--no-compile"]
+    gpu += ["--fit_steps", "0", "--run_dir", str(tmp_path / "c")]
+    assert call(train, *gpu, "--max_minutes", "1e-6") == 0
+    assert "no --gan_steps, as it does not name its images (--dataset)" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "c")["settings"]["gan_steps"] == 0
+    assert call(train, *gpu, "--gan_steps", "600", "--overwrite") == 2
+    assert "give --dataset and --data_dir" in capsys.readouterr().err
 
 
 def test_a_run_says_what_it_is_made_of_and_notices_that_it_has_changed(tmp_path, capsys):

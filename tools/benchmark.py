@@ -100,7 +100,7 @@ def steps(args, device, folder):
             with contextlib.redirect_stdout(io.StringIO()):
                 few = ["--no-compile", "--steps", "3", "--batch_size", "8", "--warmup_steps", "0"]
                 train0.main([*common, *network, *few, "--run_dir", teacher[1]])
-        run = ["--fit_steps", "0", "--run_dir", f"{folder}/student"]
+        run = ["--fit_steps", "0", "--gan_steps", "0", "--run_dir", f"{folder}/student"]
         step, (_, *others) = take(train, [*common, *compiled, *teacher, *run])
         for name in ("both_turns", "guidance_turn"):
             if name in args.parts:

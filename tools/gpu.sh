@@ -5,13 +5,14 @@
 #     tools/gpu.sh tests OUT                 # the tests of devices: four minutes at most, as they compile
 #     tools/gpu.sh teacher OUT SECONDS DATA  # of the images in the folder DATA, DATA/<class>/<image>
 #     tools/gpu.sh student OUT SECONDS       # of that teacher
-#     tools/gpu.sh gan OUT SECONDS           # the GAN alone, of that student
+#     tools/gpu.sh gan OUT SECONDS           # that student, and the GAN alone
 #     tools/gpu.sh keep OUT NAME             # teacher, guide, student or gan: its averaged weights, in pieces of 15 MB
 #
 # The steps of teacher and student follow from what `speed` measured, so that each ends in its seconds, its cosine
 # whole. OUT gets logs, grids and weights (cat OUT/teacher.pt.* > teacher.pt); the runs themselves stay in runs/gpu.
 # From the environment: PYTHON (python3), PRESET (cifar10_gpu), FLAGS for the program that runs (none), and for student
-# and gan TEACHER and STUDENT, other files or folders (runs/gpu/teacher and runs/gpu/student).
+# and gan TEACHER and STUDENT, other files or folders (runs/gpu/teacher and runs/gpu/student); of a teacher that does
+# not name its images --dataset and --data_dir are then among the FLAGS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} PRESET=${PRESET:-cifar10_gpu} RUNS=runs/gpu
@@ -56,11 +57,13 @@ teacher)
     ;;
 student)                                            # whose presets train the generator in every other step
     n=$(steps "$2" "$3" both_turns guidance_turn)
-    train train.py "$2" student "$3" "$n" --teacher "$TEACHER" --fit_steps $((n / 10))
+    train train.py "$2" student "$3" "$n" --teacher "$TEACHER" --fit_steps $((n / 10)) \
+        --gan_steps $((n / 10)) --warmup_steps $((n / 60))
     ;;
 gan)
     n=$(steps "$2" "$3" gan_turn)
-    train train.py "$2" gan "$3" "$n" --teacher "$TEACHER" --init "$STUDENT" --fit_steps 0 --gan_steps "$n"
+    train train.py "$2" gan "$3" "$n" --teacher "$TEACHER" --init "$STUDENT" --fit_steps 0 --gan_steps "$n" \
+        --warmup_steps $((n / 6))
     ;;
 keep)
     declare -A files=([teacher]=teacher/checkpoint.pt [guide]=teacher/guide.pt [student]=student/checkpoint.pt

@@ -39,6 +39,7 @@ def table(head, rows):
 NETWORKS = {
     "test_images": "the test images themselves", "guided_teacher": "teacher, shipped, guided",
     "student": "**student, shipped**", "student_varied": "the same, `--temperature 1.05`",
+    "student_gan": "the same, and `--gan_steps 500`",
     "laptop_guided_teacher": "teacher of `make cifar10`, guided",
     "laptop_student": "**student of `make cifar10`**",
 }
@@ -55,7 +56,7 @@ def sampled(name):
     """Evaluations an image, and images a second on two CPU cores; of the test images neither."""
     if name == "test_images":
         return "", ""
-    network = name.removesuffix("_varied")          # wider noise takes as long
+    network = re.sub("_(varied|gan)$", "", name)    # wider noise takes as long, and so does a student trained on
     speed = at(f"cifar10/runs#sampling/{network}", ".0f" if report("cifar10/runs")["sampling"][network] > 10 else ".1f")
     return at(f"cifar10/imagenet/{name}#checkpoint/evaluations", "d"), speed
 
