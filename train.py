@@ -82,7 +82,8 @@ def parse_args(argv=None):
     )
     generator = parser.add_argument_group("the generator")
     generator.add_argument(
-        "--init", type=flags.path, help="a student of the same teacher or another, whose averaged weights to begin with"
+        "--init", type=flags.path,
+        help="a student of this teacher or another, whose averaged weights to begin with; default: the teacher",
     )
     generator.add_argument(
         "--conditioning_sigma", type=flags.noise, default=80.0, help="noise level that the generator starts from"
