@@ -5,7 +5,7 @@
     python train.py --num_denoising_steps 4                      # a generator of four steps
     python train.py --teacher runs/demo/teacher --preset demo    # minutes on a CPU
     python train.py --teacher edm-cifar10-32x32-cond-vp.pkl      # EDM's published network
-    python train.py --init weights/student.pt --fit_steps 0 --gan_steps 500 --steps 500  # a student, and a GAN alone
+    python train.py --gan_steps 500                              # whose last steps are a GAN's alone
     python train.py --resume                                     # goes on where runs/dmd2 stopped
 
 Neither loss shows progress (each chases a moving target): look at runs/dmd2/grids, the teacher on the left and the
