@@ -240,7 +240,7 @@ def main(argv=None):
     generator, guidance = model.feedforward_model, model.guidance_model
     if args.init and not state:
         teachers.begin_with_student(args.init, generator, source["classes"], model.denoising_sigmas)
-    ema = EMA(generator, args.ema_decay, grown=bool(args.init))
+    ema = EMA(generator, args.ema_decay)
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
     generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16, fp16)
     guidance_lrs = {guidance.fake_unet: args.guidance_lr}

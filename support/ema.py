@@ -9,17 +9,10 @@ class EMA(AveragedModel):
 
     At update n the decay is min(decay, (1 + n) / (10 + n)): while a run is young the horizon is a ninth of it, so that
     the average never holds the noise of the start, however short the run is.
-
-    Args:
-        model: the network.
-        decay: the most that the decay becomes.
-        grown: whether it is that from the start, as the network's weights are an average already.
     """
 
-    def __init__(self, model, decay, grown=False):
+    def __init__(self, model, decay):
         super().__init__(model)
-        if grown:
-            self.n_averaged += 2**30
         device = next(model.parameters()).device
         if device.type == "cuda":
             self.n_averaged = self.n_averaged.to(device)
