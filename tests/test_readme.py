@@ -19,7 +19,7 @@ README, MAKEFILE = TEXTS["README.md"], (ROOT / "Makefile").read_text()
 ELSEWHERE = {"--nproc_per_node", "--logdir", "--directory"}         # torchrun's, tensorboard's, http.server's
 SCRIPTS = [
     "train0.py", "train.py", "sample.py", "evaluate.py", "tools.features", "tools.benchmark", "tools.tables",
-    "tools.export",
+    "tools.export", "tools.average",
 ]
 
 
