@@ -1,11 +1,10 @@
 """The mean of the weights of networks that went on from one and the same, as a checkpoint to sample from.
 
-    python train.py --init weights/student.pt ... --run_dir runs/a      # and another run, runs/b, or the same otherwise
     python -m tools.average runs/a runs/b --out mean.pt
     python sample.py --checkpoint mean.pt
 
-Such networks err apart, and their mean less than each (model soups: Wortsman et al. 2022, arXiv 2203.05482, section 2).
-Of networks that began apart the mean is noise.
+Such networks may err apart, and their mean less than each (model soups: Wortsman et al. 2022, arXiv 2203.05482, section
+2). It is for runs of `--init` with one student alone: weights of networks that began apart do not correspond.
 """
 
 from pathlib import Path

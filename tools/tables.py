@@ -39,7 +39,7 @@ def table(head, rows):
 NETWORKS = {
     "test_images": "the test images themselves", "guided_teacher": "teacher, shipped, guided",
     "student": "**student, shipped**", "student_gan": "student, shipped, and then `--gan_steps 500`",
-    "student_mean": "student, shipped, and then 55 minutes of two CPU cores",
+    "student_mean": "mean of two runs from it, the nearer pair of two",
     "laptop_guided_teacher": "teacher of `make cifar10`, guided",
     "laptop_student": "**student of `make cifar10`**",
 }
