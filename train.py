@@ -285,11 +285,11 @@ def main(argv=None):
             network.compile(dynamic=False)          # the GAN's two batches in one would make shapes look variable
 
     # --- the steps, and the loop --------------------------------------------------------------------------------------
-    def step_generator(factor, optimizer=generator_optimizer):
+    def step_generator(factor, optimizer=generator_optimizer, mean=False):
         norm = optimizer.clip(args.max_grad_norm)
         optimizer.step(factor)
         optimizer.zero_grad()
-        ema.update_parameters(generator)
+        ema.update_parameters(generator, mean)
         return norm
 
     def generate(rng, num_steps):
@@ -349,7 +349,7 @@ def main(argv=None):
             discriminator_optimizer.backward(losses["loss_discriminator"] / k)
             add_part(log, k, **losses, **logits)
         if trains_generator:
-            log["generator_grad_norm"] = step_generator(factor, gan_optimizer)
+            log["generator_grad_norm"] = step_generator(factor, gan_optimizer, mean=True)
         log["discriminator_grad_norm"] = discriminator_optimizer.clip(args.max_grad_norm)
         discriminator_optimizer.step()
         discriminator_optimizer.zero_grad()
@@ -363,6 +363,8 @@ def main(argv=None):
         else:
             num_steps = 1 + rngs[0].choice(args.num_denoising_steps)    # of the generator, in this step of the training
             alone = step >= args.steps - args.gan_steps                 # the GAN
+            if step == args.steps - args.gan_steps:
+                ema.begin_mean()                    # a GAN wanders: the mean of its way is nearer than its end
             real = batches(step, *processes.SHARE) if gan or alone else (None, None)        # [B, 3, 32, 32], [B]
             if alone:
                 log = gan_step(rngs, factor > 0, num_steps, *real, factor)

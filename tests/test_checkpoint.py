@@ -178,3 +178,11 @@ def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
         expected = decay * expected + (1 - decay) * (n % 7)
     assert ema.module.weight.item() == pytest.approx(expected, rel=1e-4)
     assert not ema.module.weight.requires_grad and ema.module.count == 200
+
+    ema.begin_mean()
+    first, later = ema.module.weight.item(), [3.0, -1.0, 8.0]
+    for value in later:
+        with torch.no_grad():
+            net.weight.fill_(value)
+        ema.update_parameters(net, mean=True)
+    assert ema.module.weight.item() == pytest.approx((first + sum(later)) / 4, rel=1e-5)

@@ -107,8 +107,8 @@ def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, teacher):
     torch.manual_seed(7)
     guidance = GuidanceModel(real_unet, discriminator=True, diffusion_gan_max_timestep=300)
     guidance = guidance.to(memory_format=torch.channels_last)
-    generator, average, heads = net.train().requires_grad_(True), copy.deepcopy(net), guidance.discriminator
-    average.load_state_dict(before["model_ema"])
+    generator, heads = net.train().requires_grad_(True), guidance.discriminator
+    way = [before["model_ema"]]                     # what the mean is of: the student before the GAN, and each turn's
     for key, weight in generator.state_dict().items():
         weight.copy_(before["model"][f"feedforward_model.{key}"])
     adam, adam_heads = (
@@ -132,11 +132,10 @@ def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, teacher):
         adam_heads.step()
         if step >= 4:                               # before that the discriminator learns alone
             adam.step()
-            n = 1 + step - 4                        # updates before: one generator turn was before the GAN
-            with torch.no_grad():
-                for mean, weight in zip(average.parameters(), generator.parameters(), strict=True):
-                    mean.lerp_(weight, 1 - min(0.5, (1 + n) / (10 + n)))
-    for key, value in average.state_dict().items():
+            way.append(copy.deepcopy(generator.state_dict()))
+    mean = {key: sum(weights[key] for weights in way) / len(way) for key in way[0]}
+    assert len(way) == 4
+    for key, value in mean.items():
         torch.testing.assert_close(state["model_ema"][key], value, rtol=1e-3, atol=2e-4)
     for key, value in heads.state_dict().items():
         torch.testing.assert_close(
