@@ -48,9 +48,9 @@ PRESETS = {
     ),
     # The same for one GPU: twice the width, eight times the images.
     "cifar10_gpu": dict(
-        batch_size=512, steps=6600, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.99,
+        batch_size=512, steps=7500, dfake_gen_update_ratio=2, generator_lr=5e-4, guidance_lr=3e-3, ema_decay=0.99,
         conditioning_sigma=80.0, min_step_percent=0.02, max_step_percent=0.65, fake_noise="dm",
-        fit_steps=600, ode_pairs=16_384, gan_steps=600, diffusion_gan_max_timestep=651,
+        fit_steps=600, ode_pairs=16_384, gan_steps=1500, warmup_steps=200, diffusion_gan_max_timestep=651,
         cfg_scale=2.0, cfg_interval=[0.15, 5.0],
         optimizer="muon", lr_schedule="cosine", sample_every=400, save_every=1200, compile=True,
     ),
@@ -130,7 +130,7 @@ def parse_args(argv=None):
     gan.add_argument(
         "--gan_steps", type=flags.natural, default=0,
         help="last steps, of a GAN alone, whose discriminator sees the frozen teacher's features and learns by itself "
-        "in the first --warmup_steps of them; 0: none",
+        "in the first --warmup_steps of them; the student is the mean of its weights over them; 0: none",
     )
     gan.add_argument("--gan_lr", type=flags.rate, default=3e-5, help="learning rate of feedforward_model in these")
     gan.add_argument("--discriminator_lr", type=flags.rate, default=1e-3, help="learning rate of that discriminator")

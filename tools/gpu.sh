@@ -58,7 +58,7 @@ teacher)
 student)                                            # whose presets train the generator in every other step
     n=$(steps "$2" "$3" both_turns guidance_turn)
     train train.py "$2" student "$3" "$n" --teacher "$TEACHER" --fit_steps $((n / 10)) \
-        --gan_steps $((n / 10)) --warmup_steps $((n / 60))
+        --gan_steps $((n / 5)) --warmup_steps $((n / 35))
     ;;
 gan)
     n=$(steps "$2" "$3" gan_turn)
