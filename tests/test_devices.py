@@ -63,7 +63,7 @@ def test_a_gpu_replays_what_it_would_launch(tmp_path, tree, optimizer, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(script, "recorded", record)
             one, two, resumed = weights(f"{name}1", 24), weights(f"{name}2", 24), weights(f"{name}3", 6, 24)
-        assert any(recording.replay for step in made for recording in step.recordings.values())
+        assert any(recording.replay for recorder in made for recording in recorder.recordings.values())
         assert all(torch.equal(one[key], two[key]) for key in one)
         torch.testing.assert_close(one, plain, rtol=1e-2, atol=1e-4)
         torch.testing.assert_close(resumed, plain, rtol=1e-2, atol=1e-4)
