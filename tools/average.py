@@ -4,7 +4,7 @@
     python sample.py --checkpoint mean.pt
 
 Such networks may err apart, and their mean less than each (model soups: Wortsman et al. 2022, arXiv 2203.05482, section
-2). It is for runs of `--init` with one student alone: weights of networks that began apart do not correspond.
+2). It is for students of one teacher, or runs of `--init`: weights of networks that began apart do not correspond.
 """
 
 from pathlib import Path
