@@ -25,7 +25,7 @@ def karras_sigmas(num_steps=NUM_TRAIN_TIMESTEPS, sigma_min=SIGMA_MIN, sigma_max=
 
 
 def timestep(fraction):
-    """The timestep, 0 .. 999, that lies so far up the Karras steps: 0 the least noise, 1 the most."""
+    """The timestep, 0 .. 999, at this fraction of the Karras schedule: 0 is the least noise, 1 the most."""
     return min(int(fraction * NUM_TRAIN_TIMESTEPS), NUM_TRAIN_TIMESTEPS - 1)
 
 
@@ -66,21 +66,21 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
 
 
 def guided(denoise, cfg_scale=1.0, cfg_interval=None, guide=None, autoguidance_scale=1.0):
-    """The denoiser D led away from what it makes of no class, D(-1), and from what a weaker denoiser makes, D_weak.
+    """The denoiser D, guided away from its estimate without a class, D(-1), and from a weaker denoiser's, D_weak.
 
         D + (w - 1) (D - D(-1)) + (v - 1) (D - D_weak)
 
     The first is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), the second autoguidance (Karras et al.
-    2024, arXiv 2406.02507, section 4): the weaker one errs as the denoiser does, only more.
+    2024, arXiv 2406.02507, section 4): the weaker denoiser makes the same errors as D, only larger.
 
     Args:
-        denoise: D; for a w other than 1 one trained with label dropout, to which label -1 means no class.
-        cfg_scale: w; 1 costs nothing.
-        cfg_interval: low, high: both act at low < sigma <= high alone, as guidance at high noise costs variety
-            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere. Where all images have one sigma, a
-            sampler's, none costs an evaluation outside.
-        guide: D_weak, trained for less long or smaller than the denoiser; needed for a v other than 1.
-        autoguidance_scale: v; 1 costs nothing.
+        denoise: D; for w != 1 it must be trained with label dropout: label -1 means no class.
+        cfg_scale: w; 1 is off and costs nothing.
+        cfg_interval: low, high: both act only at low < sigma <= high, as guidance at high noise reduces mode coverage
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: everywhere. If all images have the same sigma, as in a
+            sampler, guidance costs no evaluation outside the interval.
+        guide: D_weak, smaller than D or trained for fewer steps; needed for v != 1.
+        autoguidance_scale: v; 1 is off and costs nothing.
     """
     w, v = cfg_scale, autoguidance_scale
     if w == v == 1:
@@ -106,7 +106,7 @@ def guided(denoise, cfg_scale=1.0, cfg_interval=None, guide=None, autoguidance_s
 def denoising_sigmas(conditioning_sigma, num_steps, sigma_min=SIGMA_MIN):
     """Noise levels at which a few-step generator is evaluated, most noise first: a list of num_steps floats.
 
-    Equation 5 from conditioning_sigma down, without its last level, sigma_min: of 80, for instance, 80 and 2.5.
+    Equation 5 from conditioning_sigma down, without its last level, sigma_min: 80 and 2.5 for two steps from 80.
     """
     if num_steps == 1:
         return [conditioning_sigma]
@@ -124,11 +124,11 @@ def few_step_sample(generator, z, labels, sigmas, renoise):
         renoise: i -> fresh unit noise [B, 3, 32, 32], for i = 1 .. len(sigmas) - 1.
 
     Returns:
-        images, float32 [B, 3, 32, 32]; gradients, where they are on, come from the last evaluation alone.
+        images, float32 [B, 3, 32, 32]; gradients, if enabled, come from the last evaluation alone.
     """
     grad, x_gen = torch.is_grad_enabled(), 0
     for i, sigma in enumerate(sigmas):
-        sigma = torch.full((), sigma, device=z.device)          # as a float it would be compiled anew for each level
+        sigma = torch.full((), sigma, device=z.device)          # a float would be compiled anew for each level
         x_t = x_gen + sigma * (renoise(i) if i else z)
         with torch.set_grad_enabled(grad and i == len(sigmas) - 1):
             x_gen = generator(x_t, sigma, labels)                                   # [B, 3, 32, 32]

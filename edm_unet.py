@@ -3,9 +3,9 @@
     net = EDMUNet(model_channels=128, label_dim=10)
     x0_hat = net(x_t, sigma, labels)
 
-It is the DDPM++ network of Song et al. (2021, arXiv 2011.13456) as EDM trains it, in the signature of SimpleUNet, which
-has a third of its parameters and does a 34th of its work. The parameters have the names and shapes that they have in
-EDM's files, which support/edm_pickle.py reads.
+It is the DDPM++ network of Song et al. (2021, arXiv 2011.13456) as EDM trains it, with the interface of SimpleUNet,
+which has a third of its parameters and takes 1/34 of its compute. The parameters have the names and shapes that they
+have in EDM's files, which support/edm_pickle.py reads.
 """
 
 import math
@@ -22,10 +22,10 @@ def group_norm(channels):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a residual, the embedding added between them; then self-attention, one head.
+    """A residual block of two 3x3 convolutions, the embedding added between them; then self-attention, one head.
 
     Args:
-        resample: what halves or doubles the resolution before the first convolution and on the skip connection.
+        resample: module that halves or doubles the resolution before the first convolution and on the skip connection.
     """
 
     def __init__(self, in_channels, out_channels, emb_channels, resample=None, attention=False):
@@ -48,7 +48,7 @@ class Block(nn.Module):
         h = self.conv0(self.resample(F.silu(self.norm0(x))))                        # [B, Cout, H', W']
         h = h + self.affine(emb)[:, :, None, None]
         h = self.conv1(F.silu(self.norm1(h)))
-        # The sum of two of unit variance, brought back to it: so is every sum below.
+        # The sum of two terms of unit variance, scaled back to unit variance; likewise below.
         x = (self.skip(self.resample(x)) + h) * math.sqrt(1 / 2)
         return (x + self.attend(self.norm2(x))) * math.sqrt(1 / 2) if self.attention else x
 
@@ -69,7 +69,7 @@ class EDMUNet(Denoiser):
         channel_mult: width of each resolution, 32x32 and its halves, in units of model_channels.
         channel_mult_emb: width of the embedding, in the same unit.
         num_blocks: blocks per resolution on the way down; there is one more on the way up.
-        attn_resolutions: resolutions with attention, in pixels: in every block on the way down, the last on the way up.
+        attn_resolutions: resolutions with attention, in pixels: in all blocks on the way down, the last on the way up.
         sigma_data: standard deviation of the clean images, whose range is [-1, 1].
     """
 
@@ -100,7 +100,7 @@ class EDMUNet(Denoiser):
         self.map_layer1 = nn.Linear(emb, emb)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        c, skips = model_channels, []                                               # their widths
+        c, skips = model_channels, []                                               # c: current width; skips: widths
         for size, mult in zip(sizes, channel_mult, strict=True):
             if size == IMAGE_SIZE:
                 self.enc[f"{size}x{size}_conv"] = nn.Conv2d(3, c, 3, padding=1)
@@ -130,7 +130,7 @@ class EDMUNet(Denoiser):
         """The raw network F of table 1; arguments as in forward, x and sigma already preconditioned.
 
         The features are those of the last block of each resolution, and of the second block on the way up, the
-        bottleneck: of the published networks [B, 256, 32, 32], [B, 256, 16, 16] and twice [B, 256, 8, 8].
+        bottleneck: in the published networks [B, 256, 32, 32], [B, 256, 16, 16] and twice [B, 256, 8, 8].
         """
         angles = c_noise[:, None] * self.freqs                                      # [B, M/2]
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)                        # [B, M]

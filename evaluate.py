@@ -70,7 +70,7 @@ def parse_args(argv=None):
         "at, in a time that grows with its square: minutes for 50,000 on a CPU; default: all, as torch-fidelity"
     )
     flags.add_features(parser)
-    parser.add_argument("--out", type=flags.path, default="runs/evaluation.json", help="the JSON")
+    parser.add_argument("--out", type=flags.output(), default="runs/evaluation.json", help="the JSON")
     args = parser.parse_args(argv)
     if args.npz or args.images:
         args.checkpoint = None
@@ -80,8 +80,6 @@ def parse_args(argv=None):
             parser.error("--npz and --images need --dataset, the real images to measure against")
     else:
         args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
-    if Path(args.out).is_dir() or not flags.writable(args.out):
-        parser.error(f"cannot write --out {args.out}")
     validation.check_features(args)
     return args
 
@@ -136,6 +134,7 @@ def main(argv=None):
         given, labels = read_npz(args.npz) if args.npz else (read_images(args.images), None)
         if len(given) < LEAST_IMAGES:
             raise errors.UsageError(f"{args.npz or args.images} has {len(given)} images: {LEAST_IMAGES} are the least")
+    args.dataset, args.data_dir, _ = data.named(args, state)
     dataset = data.from_flags(args, state, args.split)
     if len(dataset.images) < LEAST_IMAGES:
         raise errors.UsageError(f"the dataset has {len(dataset.images)} images: {LEAST_IMAGES} are the least")

@@ -17,13 +17,13 @@ LEVELS = 3
 
 
 def group_norm(channels):
-    # 16 channels a group fill a vector register: in bf16 channels_last on a CPU with AVX-512, forward and backward
-    # took a fifth of the time that 4 channels a group took.
+    # 16 channels per group fill a vector register: in bf16 channels_last on a CPU with AVX-512, forward and backward
+    # took a fifth of the time that they took with 4 channels per group.
     return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a residual; the embedding scales and shifts the second normalisation."""
+    """A residual block of two 3x3 convolutions; the embedding scales and shifts the second normalisation."""
 
     def __init__(self, in_channels, out_channels, emb_channels):
         super().__init__()
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)                                   # [B, heads, HW, C/heads]
-        # softmax(q k^T / sqrt(d)) v, written out: of 16 tokens a CPU's fused backward takes several times as long.
+        # softmax(q k^T / sqrt(d)) v, written out: for 16 tokens the fused backward is several times slower on a CPU.
         a = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v                        # [B, heads, HW, C/heads]
         return x + self.out(a.transpose(-1, -2).reshape(b, c, h, w))
 
@@ -68,8 +68,9 @@ class SelfAttention(nn.Module):
 class Denoiser(nn.Module):
     """EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1) around a raw network.
 
-    A subclass has network(x, c_noise, labels, return_features), and sets sigma_data, config (the arguments that make it
-    again), label_dim, feature_channels, a list, and bottleneck_size: pixels a side of the last, the bottleneck's.
+    A subclass defines network(x, c_noise, labels, return_features), and sets sigma_data, label_dim, config (the
+    arguments to build it again), feature_channels (a list, the channels of each feature) and bottleneck_size (height
+    and width of the last feature, the bottleneck's).
     """
 
     def forward(self, x, sigma, labels, return_features=False):
@@ -88,7 +89,7 @@ class Denoiser(nn.Module):
             ValueError: sigma has neither one element nor one per image.
         """
         x = x.float()
-        if not torch.is_tensor(sigma):              # filled on the device: a copy would make a GPU's queue wait
+        if not torch.is_tensor(sigma):              # filled on the device: a copy would make the GPU wait
             sigma = torch.full((), sigma, device=x.device)
         sigma = sigma.to(x.device, torch.float32)
         if sigma.numel() not in (1, x.shape[0]):
@@ -106,10 +107,10 @@ class Denoiser(nn.Module):
 
 
 class SimpleUNet(Denoiser):
-    """Class-conditional denoiser of three levels, attention at the lowest.
+    """Class-conditional denoiser of three levels, with attention at the lowest resolution.
 
     Args:
-        channels: width C of the first level, a multiple of 8; the levels have 2C, 4C and 8C.
+        channels: base width C, a multiple of 8; the three levels have 2C, 4C and 8C channels.
         label_dim: number of classes.
         blocks: residual blocks per level, on the way down and on the way up.
         sigma_data: standard deviation of the clean images, whose range is [-1, 1].
@@ -126,7 +127,7 @@ class SimpleUNet(Denoiser):
         width = [channels * 2**level for level in range(LEVELS + 1)]                # C, 2C, 4C, 8C
         emb = 4 * channels
 
-        # ln(sigma)/4 spans only [-1.6, 1.1]: over it these frequencies turn by 2.7 radians to 27 full turns.
+        # ln(sigma)/4 spans only [-1.6, 1.1]. Over that range the angles turn by 2.7 radians (lowest) to 27 full turns.
         freqs = torch.logspace(0, math.log2(64), channels // 2, base=2)
         self.register_buffer("freqs", freqs, persistent=False)
         self.sigma_embedding = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -165,8 +166,8 @@ class SimpleUNet(Denoiser):
         h = stem = self.stem(x)                                                     # [B, C, 32, 32]
         skips = []
         for blocks in self.down:
-            # Halving before a level's blocks gave the same loss per step as after them, in half the time
-            # (docs/tuning.md).
+            # Downsampling before a level's blocks gave the same loss per step as downsampling after them, in half the
+            # time (docs/tuning.md).
             h = F.avg_pool2d(h, 2)
             for block in blocks:
                 h = block(h, emb)

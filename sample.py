@@ -1,13 +1,13 @@
-"""Sample a checkpoint: a student in one step (or the few it was trained for), or a teacher with Heun's method.
+"""Sample a checkpoint: a student in one step (or as many as it was trained for), or a teacher with Heun's method.
 
     python sample.py                                                     # runs/dmd2 -> grid.png
     python sample.py --checkpoint runs/teacher --num_steps 18 --out teacher.png
     python sample.py --labels cat dog 8 --num_images 30
     python sample.py --num_images 50000 --npz samples.npz                # for evaluation
     python sample.py --images DIR                                        # also single images, DIR/cat_00003.png, ...
-    python sample.py --walk walk.gif                                     # the grid on its way to the next seed's
+    python sample.py --walk walk.gif                                     # the grid, its noise moving to the next seed's
 
-Image i depends on --seed, i and its label alone. Without --labels image i is of class i modulo their number, so that
+Image i depends only on --seed, i and its label. Without --labels its class is i modulo the number of classes, so that
 each row of the grid is one class.
 """
 
@@ -20,54 +20,50 @@ from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from support import checkpoint, errors, flags, hardware, pictures, processes, records, resume, sampling, teachers
+from support import checkpoint, errors, files, flags, hardware, pictures, processes, resume, sampling, teachers
 from support.data import to_float
 
-GRID_IMAGES = 1000                                  # a larger picture would be of no use
-WALK_FRAMES, WALK_MILLISECONDS = 30, 60             # of --walk, one way; each is shown for so long
+GRID_IMAGES = 1000                                  # at most, in a grid
+WALK_FRAMES, WALK_MILLISECONDS = 30, 60             # of --walk in one direction; how long each is shown
 
 
 def parse_args(argv=None):
     parser = flags.Parser(description="Sample a checkpoint into a grid of images.")
     flags.add_common(parser)
-    # Here exactness comes first: in bf16 an image would depend a little on the batch it was made in.
+    # For exactness: in bf16 an image would depend a little on the batch it is made in.
     parser.set_defaults(precision="fp32")
     parser.add_argument(
         "--checkpoint", type=flags.path, default="runs/dmd2",
         help="run folder or checkpoint of a student or a teacher, or a .pkl of EDM's",
     )
-    parser.add_argument("--out", type=flags.path, default="grid.png", help="the grid, a PNG: one class per row")
     parser.add_argument(
-        "--npz", type=flags.path, help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none"
+        "--out", type=flags.output(suffix=".png"), default="grid.png", help="the grid, a PNG: one class per row"
     )
     parser.add_argument(
-        "--images", type=flags.path, help="also a folder for single images, DIR/<class>_<index>.png; default: none"
+        "--npz", type=flags.output(),
+        help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none",
     )
     parser.add_argument(
-        "--walk", type=flags.path, help="also a GIF: the noise walks to that of --seed + 1 and back; default: none"
+        "--images", type=flags.output("folder"),
+        help="also a folder for single images, DIR/<class>_<index>.png; default: none",
+    )
+    parser.add_argument(
+        "--walk", type=flags.output(suffix=".gif"),
+        help="also a GIF: the noise moves to that of --seed + 1 and back; default: none",
     )
     parser.add_argument("--num_images", type=flags.count, default=100, help="images in all")
     parser.add_argument(
-        "--batch_size", type=flags.count, default=100, help="images at a time; moves nothing but roundings"
+        "--batch_size", type=flags.count, default=100, help="images at a time; affects rounding only"
     )
-    parser.add_argument("--labels", nargs="+", help="classes, by number or name, one row each; default: all")
+    parser.add_argument("--labels", nargs="+", help="classes by number or name, one row each; default: all")
     flags.add_sampling(parser)
     args = parser.parse_args(argv)
     args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
-    for path in filter(None, (args.out, args.npz, args.walk)):
-        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not flags.writable(path):
-            parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
-    if args.images and (Path(args.images).is_file() or not flags.writable(args.images)):
-        parser.error(f"cannot write into --images {args.images}")
-    if Path(args.out).suffix.lower() != ".png":
-        parser.error(f"--out {args.out} does not end in .png")
-    if args.walk and Path(args.walk).suffix.lower() != ".gif":
-        parser.error(f"--walk {args.walk} does not end in .gif")
     return args
 
 
 def class_indices(names, classes):
-    """Class numbers of the --labels given, which are numbers or names."""
+    """Class numbers of --labels, which are numbers or names."""
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for name in names:
         if name not in numbers:
@@ -78,10 +74,9 @@ def class_indices(names, classes):
 @processes.main_only
 def write_images(folder, images, names):
     """Write images, uint8 [N, 3, 32, 32], as folder/<name>_<index>.png."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for i, (pixels, name) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), names, strict=True)):
         path = Path(folder, f"{name}_{i:05d}.png".replace("/", "_"))
-        records.write(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, format="png"))
+        files.write(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, format="png"))
 
 
 def main(argv=None):
@@ -105,17 +100,17 @@ def main(argv=None):
     images = generate(labels, bar=True)
     rate = len(images) / (time.perf_counter() - start)
 
-    records.write(args.out, lambda file: save_image(grid(images), file, format="png"))
+    files.write(args.out, lambda file: save_image(grid(images), file, format="png"))
     if args.walk:
         steps = tqdm(range(WALK_FRAMES + 1), unit="frame", disable=not processes.MAIN)
         frames = [grid(generate(labels[:GRID_IMAGES], walk=step / WALK_FRAMES)) for step in steps]
         first, *others = (Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in frames)
         others += others[-2::-1]                    # and back, to where the loop begins
-        records.write(args.walk, lambda file: first.save(
+        files.write(args.walk, lambda file: first.save(
             file, format="gif", save_all=True, append_images=others, duration=WALK_MILLISECONDS, loop=0))
     if args.npz:
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
-        records.write(args.npz, lambda file: np.savez(file, *arrays))
+        files.write(args.npz, lambda file: np.savez(file, *arrays))
     if args.images:
         write_images(args.images, images, [state["classes"][label] for label in labels])
     nfe = sampling.evaluations(state, args.num_steps, cfg)

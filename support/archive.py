@@ -1,4 +1,4 @@
-"""Archives of torch.export: feature networks, written, and read without unpickling anything."""
+"""torch.export archives of feature networks: write them, and read them without unpickling anything."""
 
 import io
 import json
@@ -7,10 +7,10 @@ import zipfile
 
 import torch
 
-from support import records
+from support import files
 
-CLASSES = "classes.json"                            # the extra file that names a classifier's classes, a list
-# What torch.export.save writes into its archive where all that a program holds are tensors.
+CLASSES = "classes.json"                            # extra file: the list of a classifier's class names
+# The members that torch.export.save writes for a program that holds nothing but tensors.
 MEMBERS = re.compile(
     r"data/(weights/(weight_\d+|model_weights_config\.json)|constants/(tensor_\d+|model_constants_config\.json)"
     r"|sample_inputs/model\.pt)|models/model\.json|archive_format|archive_version|byteorder|\.data/\w+"
@@ -19,24 +19,24 @@ MEMBERS = re.compile(
 
 
 def save(net, path, classes=None):
-    """Write a network of images, uint8 [N, 3, 32, 32], for metrics.exported, with the names of its classes, if any."""
+    """Export a network that takes images, uint8 [N, 3, 32, 32], for metrics.exported; with its class names, if any."""
     example, batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.export.Dim("batch", min=1)
-    net = net.cpu().eval().to(memory_format=torch.contiguous_format)        # torch.export.save warns of any other
+    net = net.cpu().eval().to(memory_format=torch.contiguous_format)        # the save warns about other formats
     program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
-    for node in program.graph.nodes:                # with the paths of this machine
+    for node in program.graph.nodes:                # stack traces hold the paths of this machine
         node.meta.pop("stack_trace", None)
-    names = {CLASSES: json.dumps(classes)}          # so that it judges no other classes
-    records.write(path, lambda file: torch.export.save(program, file, extra_files=names))
+    names = {CLASSES: json.dumps(classes)}          # so that class accuracy is measured on these only
+    files.write(path, lambda file: torch.export.save(program, file, extra_files=names))
 
 
 def without_pickles(content):
-    """A copy of the archive that torch.export.load cannot unpickle anything from, to be loaded in its place.
+    """A copy of the archive in which torch.export.load finds nothing to unpickle; load it instead of the original.
 
-    Its reader unpickles in half a dozen places (objects among the constants, members of older formats, compiled
-    code): so known members are let through, and known entries, instead of looking for bad ones.
+    torch.export.load unpickles in half a dozen places (objects among the constants, members of older formats, compiled
+    code). So this copies known members and entries only, instead of searching for bad ones.
 
     Raises:
-        ValueError: there is something else in it.
+        ValueError: the archive holds anything else.
     """
     members = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

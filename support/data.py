@@ -32,15 +32,15 @@ class Dataset:
     images: torch.Tensor                            # uint8 [N, 3, 32, 32] RGB
     labels: torch.Tensor                            # int64 [N]
     classes: list                                   # class names, in label order
-    left_out: list = field(default_factory=list)    # paths of files beside them that were not taken
+    left_out: list = field(default_factory=list)    # paths of the files that were skipped
 
     def __str__(self):
         """270 images, 3 classes (leaf, apple, sky), 30 files left out (.heic)"""
-        parts = [f"{len(self.images)} images", f"{len(self.classes)} classes ({few(self.classes)})"]
-        return ", ".join(parts + ([image_files.left_out(self.left_out)] if self.left_out else []))
+        words = [f"{len(self.images)} images", f"{len(self.classes)} classes ({few(self.classes)})"]
+        return ", ".join(words + ([image_files.left_out(self.left_out)] if self.left_out else []))
 
     def digest(self):
-        """SHA-256, hex, of the images, the labels and the class names: the same where a training sees the same."""
+        """SHA-256, hex, of the images, the labels and the class names: all that a training sees of a dataset."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for tensor in self.images, self.labels:
             digest.update(tensor.cpu().contiguous().numpy())
@@ -51,18 +51,17 @@ def load(name, data_dir="data", split="train"):
     """Read a dataset into memory.
 
     Args:
-        name: "cifar10" (downloaded to data_dir if it is not there), "folder" (a tree
-            data_dir/<class>/<image>, or data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find),
-            or "shapes" (drawn, needs nothing).
+        name: "cifar10" (downloaded to data_dir if it is not there), "folder" (a tree data_dir/<class>/<image> or
+            data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find), or "shapes" (drawn).
         split: "train" or "test".
 
     Raises:
-        DataError: it is not there, or a file in it cannot be read.
+        DataError: the dataset is not there, or a file of it cannot be read.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if name == "shapes":
-        # The seeds below 2 are the two splits; anything else is a fresh sample.
+        # Seeds 0 and 1 are the two splits; any other seed is a fresh sample.
         images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1)
         return Dataset(torch.from_numpy(images), torch.from_numpy(labels), list(shapes.CLASSES))
     return load_cifar10(Path(data_dir), split) if name == "cifar10" else load_folder(Path(data_dir), split)
@@ -73,7 +72,7 @@ def load_cifar10(root, split):
     try:
         cifar = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
     except Exception as error:                      # torchvision raises whatever urllib, tarfile and pickle do
-        for folder in absent:                       # made for a download that did not come
+        for folder in absent:                       # torchvision made it for the download that failed
             with contextlib.suppress(OSError):
                 folder.rmdir()
         cifar, reason = torchvision.datasets.CIFAR10, " ".join(str(error).split())
@@ -91,7 +90,7 @@ def load_cifar10(root, split):
 def load_folder(root, split):
     if not root.is_dir():
         raise DataError(f"--data_dir {root}: no such folder")
-    if class_folders(root / split):                 # classes in it: it is no class itself
+    if class_folders(root / split):                 # it holds classes, so it is a split and not a class
         root = root / split
     elif split != "train":
         raise DataError(f"--data_dir {root} has no folder {split}")
@@ -132,27 +131,28 @@ def random_flip(images, rng):
 
 
 class Batches:
-    """An endless stream of shuffled epochs, cut into batches; no step reads an image twice within an epoch.
+    """An endless stream of shuffled epochs, cut into batches; each epoch has every image once.
 
-    Where the batch size stays, batches(step) depends on (seed, step) alone.
+    As long as the batch size does not change, batches(step) depends on (seed, step) alone.
     """
 
     def __init__(self, dataset, batch_size, seed, device):
         self.images = dataset.images.to(device)
         self.labels = dataset.labels.to(device)
         self.batch_size, self.seed, self.digest = batch_size, seed, dataset.digest()
-        self.first, self.seen, self.step = 0, 0, 0  # the first step with batches of this size, images before it; next
+        # First step with this batch size, images seen before it, and the next step.
+        self.first, self.seen, self.step = 0, 0, 0
         self.orders = {}                            # epoch -> permutation; only the epochs in use
 
     def place(self, step):
-        """How many images the steps before this one have seen."""
+        """How many images the steps before this one have taken."""
         return self.seen + (step - self.first) * self.batch_size
 
     def state_dict(self):
         return dict(step=self.step, seen=self.place(self.step), digest=self.digest)
 
     def load_state_dict(self, state):
-        """Go on where another run has stopped, whose batches may have had another size."""
+        """Go on where another run has stopped; its batch size may have been another one."""
         self.first, self.seen, self.step = state["step"], state["seen"], state["step"]
         if state["digest"] not in (None, self.digest) and processes.MAIN:
             print("note: the images are not those that the run had before", file=sys.stderr)
@@ -176,28 +176,32 @@ class Batches:
         return to_float(self.images[rows]), self.labels[rows]
 
 
-def name_dataset(args, state):
-    """Fill in the flags of add_dataset, where they are not given, with what the checkpoint's network was trained on."""
+def named(args, state):
+    """--dataset, --data_dir and --flip, or what the checkpoint's network was trained on where they were not given."""
     known = state.get("settings", {}) if state else {}
-    args.dataset = args.dataset or known.get("dataset")
-    known = known if args.dataset == known.get("dataset") else {}
-    args.data_dir = args.data_dir or known.get("data_dir") or "data"
-    if getattr(args, "flip", 1) is None:
-        args.flip = known.get("flip", 1)
+    dataset = args.dataset or known.get("dataset")
+    known = known if dataset == known.get("dataset") else {}
+    flip = getattr(args, "flip", None)
+    return dataset, args.data_dir or known.get("data_dir") or "data", known.get("flip", 1) if flip is None else flip
 
 
 def from_flags(args, state=None, split="train"):
-    """The dataset of --dataset, or where that is not given what the checkpoint's network was trained on."""
-    name_dataset(args, state)
-    if args.dataset is None:
+    """The dataset that named() names, which must have the classes of the checkpoint.
+
+    Raises:
+        UsageError: nothing names a dataset, or it has other classes.
+        DataError: it cannot be read.
+    """
+    dataset, data_dir, _ = named(args, state)
+    if dataset is None:
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
-    loaded = processes.first_of_host(load, args.dataset, args.data_dir, split)
-    if state and not state["model_config"]["label_dim"]:        # where the network has no classes, no image has one
+    loaded = processes.first_of_host(load, dataset, data_dir, split)
+    if state and not state["model_config"]["label_dim"]:        # an unconditional network: no image has a class
         loaded = Dataset(loaded.images, torch.zeros_like(loaded.labels), state["classes"])
     if state and loaded.classes != state["classes"]:
         theirs, ours = few(state["classes"]), few(loaded.classes)
-        raise UsageError(f"--dataset {args.dataset} has the classes {ours}; those of the checkpoint are {theirs}")
-    processes.main_only(print)(f"{args.dataset}: {loaded}")
+        raise UsageError(f"--dataset {dataset} has the classes {ours}; those of the checkpoint are {theirs}")
+    processes.main_only(print)(f"{dataset}: {loaded}")
     counts = loaded.labels.bincount(minlength=len(loaded.classes))
     if counts.max() > 1.1 * counts.min() and processes.MAIN:
         least, most = counts.min(), counts.max()

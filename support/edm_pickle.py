@@ -4,9 +4,9 @@
     config, weights = edm_pickle.read("edm-cifar10-32x32-cond-vp.pkl")
     EDMUNet(**config).load_state_dict(weights)
 
-Such a file is a pickle with the source code of its networks inside, which EDM's own loader runs, and with a second
-pickle inside every tensor. Here whatever the file would call becomes a Call that is never made; then what is known of
-the format is looked up in these records, and only in those of its averaged network, `ema`.
+Such a file is a pickle that contains the source code of its networks, which EDM's own loader runs, and a second pickle
+inside every tensor. Here every call that the file asks for becomes a Call record and is never made. The configuration
+and the weights are then read from the records of the file's EMA network, `ema`, and from no others.
 """
 
 import collections
@@ -21,12 +21,12 @@ import torch
 from diffusion import SIGMA_MAX, SIGMA_MIN
 from edm_unet import EDMUNet
 
-# Ten times what the published files have. Each may cost a hundred times its own size; and Python's stack is too short
-# for the hash of tuples nested too deep.
+# Ten times what the published files have. An opcode may take a hundred times its own size in memory, and hashing deeply
+# nested tuples overflows Python's stack.
 MOST_OPCODES, MOST_TUPLES = 1_000_000, 20_000
 
-# Arguments of the file's network that EDMUNet takes; those that do nothing once it is trained, as the inputs for labels
-# of augmentation are zeros and dropout is off; and of all others the values that EDMUNet stands for.
+# Arguments of the file's network. TAKEN: passed to EDMUNet. IGNORED: without effect once the network is trained, as the
+# augmentation labels are zero and dropout is off. FIXED: all others, with the only value that EDMUNet implements.
 TAKEN = "model_channels", "label_dim", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions"
 IGNORED = "augment_dim", "dropout"
 FIXED = dict(
@@ -39,11 +39,11 @@ MODULES = "SongUNet", "PositionalEmbedding", "Linear", "Conv2d", "GroupNorm", "U
 
 
 class Refused(Exception):
-    """Why a file is not read, in one line."""
+    """A file is not read; the message is one line that says why."""
 
 
 class Call:
-    """What stands for a call that the file asks for: its arguments, and the state that its result would be given."""
+    """Record of a call that the file asks for: its arguments, and the state that its result would be given."""
 
     args, state = (), None
 
@@ -59,7 +59,7 @@ class Persistent(Call):
 
 
 class ModuleDict(Call):
-    """torch's own, rebuilt by its state alone."""
+    """torch's ModuleDict, described by its state alone."""
 
 
 class Parameter(Call):
@@ -71,7 +71,7 @@ class Tensor(Call):
 
 
 class Storage(Call):
-    """(bytes,): a pickle of torch's format from before its zip files."""
+    """(bytes,): a pickle in torch's old format, from before its zip files."""
 
 
 GLOBALS = {
@@ -95,8 +95,8 @@ class Unpickler(pickle.Unpickler):
 def teacher(path):
     """The network in a file as a teacher's checkpoint; raises what read raises.
 
-    The file names no classes: ten are taken to be CIFAR-10's. Without any there is one that has no name, and its label
-    says nothing.
+    The file names no classes: ten classes are taken to be CIFAR-10's. An unconditional network gets one class with an
+    empty name, and ignores its label.
     """
     config, weights = read(path)
     classes = {0: [""], 10: list(CIFAR10)}.get(config["label_dim"])
@@ -112,7 +112,7 @@ def read(path):
 
     Raises:
         OSError: the file cannot be read.
-        Refused: it is damaged, or not a network that EDMUNet can be.
+        Refused: it is damaged, or its network is not one that EDMUNet implements.
     """
     try:
         with open(path, "rb") as file:
@@ -125,7 +125,7 @@ def read(path):
         expect(described(model)[0], "SongUNet", "class")
         arguments = configuration(state)
         found = {name: tensor for name, tensor in tensors(model) if name != "map_augment.weight"}
-        if arguments.get("num_blocks", 1) > len(found):         # or it would be built without end
+        if arguments.get("num_blocks", 1) > len(found):         # else building it might never end
             raise Refused(f"it holds {len(found)} tensors, too few for its num_blocks")
         with torch.device("meta"):
             net = EDMUNet(**arguments)
@@ -133,14 +133,15 @@ def read(path):
         return net.config, {name: materialise(tensor) for name, tensor in found.items()}
     except (OSError, Refused):
         raise
-    except Exception as error:                      # many types, as a damaged file can break any line above
+    except Exception as error:                      # of many types: a damaged file can break any line above
         raise Refused(f"it is damaged, or not in the format of EDM's networks ({type(error).__name__})") from error
 
 
 def check_opcodes(file):
-    """Raise Refused where the pickle is cut off, or where unpickling would take far more memory than the file.
+    """Raise Refused if unpickling would take far more memory than the file; or ValueError if the pickle is cut off.
 
-    The memo is an array, as long as the largest index asks; an honest one counts the objects before it.
+    The unpickler's memo is an array as long as the largest index in the file. In an honest file an index counts the
+    objects before it, so it cannot be larger than its position in the file.
     """
     tuples = 0
     for count, (opcode, arg, position) in enumerate(pickletools.genops(file)):
@@ -156,7 +157,7 @@ def expect(value, wanted, what):
 
 
 def described(module):
-    """Class name and state of a module, the state a dict."""
+    """The class name of a module, and its state, a dict."""
     if isinstance(module, ModuleDict):
         return "ModuleDict", module.state
     (meta,) = module.args
@@ -172,23 +173,23 @@ def configuration(state):
         elif name not in TAKEN + IGNORED:
             raise Refused(f"its network has an argument {name!r:.60}, which EDMUNet has not")
     given = {name: value for name, value in state["_init_kwargs"].items() if name in TAKEN}
-    return dict(dict(label_dim=0, channel_mult=[1, 2, 2, 2]), **given)              # EDM's defaults, which differ
+    return dict(dict(label_dim=0, channel_mult=[1, 2, 2, 2]), **given)              # EDM's defaults, not EDMUNet's
 
 
 def tensors(module, prefix=""):
-    """Names and Tensors of a module and of those inside it; without the constants of EDM's resampling filters."""
+    """Yield names and Tensors of a module and of the modules inside it, except EDM's constant resampling filters."""
     class_name, state = described(module)
     if class_name not in MODULES:
         raise Refused(f"its network has a module of class {class_name!r:.60}, which EDMUNet has not")
     for name, value in (state["_parameters"] | state["_buffers"]).items():
         if value is not None and name != "resample_filter":
             yield prefix + name, value.args[0] if isinstance(value, Parameter) else value
-    for name, inner in state.pop("_modules").items():           # taken out, so that a module inside itself is an error
+    for name, inner in state.pop("_modules").items():           # popped, so that a module inside itself is an error
         yield from tensors(inner, f"{prefix}{name}.")
 
 
 def check_shapes(found, net, file_size):
-    """Raise Refused unless the Tensors are those of this network, and fit into the file."""
+    """Raise Refused unless the Tensors have this network's names and shapes, and fit into the file."""
     wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     shapes = {name: tuple(tensor.args[2]) for name, tensor in found.items()}
     wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
@@ -200,10 +201,10 @@ def check_shapes(found, net, file_size):
 
 def materialise(tensor):
     storage, offset, size, stride = tensor.args[:4]
-    (content,), storage.args = storage.args, ()     # let go of, or all would be there twice
-    if not content.startswith(b"\x80"):             # torch reads zip files too, whose members may be compressed
+    (content,), storage.args = storage.args, ()     # released, or all weights would be in memory twice
+    if not content.startswith(b"\x80"):             # torch reads zip files too, which may unpack to far more
         raise Refused("a tensor in it is not in the format of torch's pickles")
-    # set_ takes no other numbers than float32, as_strided reaches nowhere outside, the copy leaves the rest behind.
+    # set_ accepts float32 only, as_strided cannot reach outside the storage, and clone() keeps only what is used.
     flat = torch.empty(0).set_(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     if flat.numel() > len(content) // 4:
         raise Refused("a tensor in it has fewer numbers than it says")

@@ -7,9 +7,9 @@ from torch.optim.swa_utils import AveragedModel
 class EMA(AveragedModel):
     """Exponential moving average of a network's weights: torch's AveragedModel with a decay that grows.
 
-    At update n the decay is min(decay, (1 + n) / (10 + n)): while a run is young the horizon is a ninth of it, so that
-    the average never holds the noise of the start, however short the run is. After begin_mean() an update may ask for
-    the plain mean instead (Izmailov et al. 2018, arXiv 1803.05407).
+    At update n the decay is min(decay, (1 + n) / (10 + n)): early in a run the averaging horizon is a ninth of the
+    steps so far, so that the average forgets the initial weights however short the run is. After begin_mean() an update
+    can take the plain mean instead: weight averaging (SWA, Izmailov et al. 2018, arXiv 1803.05407).
     """
 
     def __init__(self, model, decay):
@@ -21,13 +21,13 @@ class EMA(AveragedModel):
         self.eval().requires_grad_(False)
 
     def begin_mean(self):
-        """The average so far is the first of the weights that update_parameters(mean=True) takes the mean of."""
+        """Begin weight averaging (SWA): the average so far is the first of the weights in the mean that follows."""
         self.n_averaged.fill_(1)
 
     @torch.no_grad()
     def update_parameters(self, model, mean=False):
-        # AveragedModel's own method waits for the device in every step; here a GPU counts for itself, which can be
-        # recorded. Buffers are copied, as there.
+        # AveragedModel's own method waits for the device in every step. Here a GPU keeps the counter itself, so that a
+        # CUDA graph can capture the update. Buffers are copied, as in AveragedModel.
         n = self.n_averaged.double()
         decay = n / (n + 1) if mean else ((1 + n) / (10 + n)).clamp(max=self.decay)
         weight = 1 - decay

@@ -1,7 +1,7 @@
-"""What a user can cause ends in one line on stderr and an exit code.
+"""Errors that a user can cause end in one line on stderr and an exit code.
 
-Exit codes: 0 finished, or --max_minutes are over; 2 a wrong call or input (nothing was written); 1 something failed
-later; 130, 143, ... a signal (Ctrl-C, kill, ...) ended it, a run after it was saved.
+Exit codes: 0 finished, or --max_minutes have passed; 2 a wrong call or input (nothing was written); 1 something failed
+later; 130, 143, ... a signal (Ctrl-C, kill, ...) ended it, a training run after it was saved.
 """
 
 import json
@@ -21,11 +21,11 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """What ends a run that had begun: one line for the user, exit code 1."""
+    """An error that ends a run after it began: one line for the user, exit code 1."""
 
 
 def run(main):
-    """Call a script's main() and turn what a user can cause into one line and an exit code."""
+    """Call a script's main() and turn the errors that a user can cause into one line and an exit code."""
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -39,7 +39,7 @@ def run(main):
         code, line = 1, error
     except ModuleNotFoundError as error:            # torch-fidelity, which only a measurement imports
         code, line = 1, f"{error}: pip install -r requirements.txt"
-    except KeyboardInterrupt:                       # before the loop, which has its own way to stop
+    except KeyboardInterrupt:                       # before the training loop, which handles Ctrl-C itself
         code, line = 130, "interrupted"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         code, reason = 1, str(error).partition("\n")[0]
@@ -51,13 +51,13 @@ def run(main):
             line = f"another process of this run has ended; the last checkpoint stands ({reason})"
         else:
             raise
-    if processes.WORLD > 1 and code == 1:           # a wrong call is the same line for all: once a host is enough
+    if processes.WORLD > 1 and code == 1:           # code 2: the same in all processes, printed once per host
         line = f"process {processes.RANK} of {processes.WORLD}: {line}"
     line = " ".join(str(line).split())
     if code == 1 or processes.LOCAL_RANK == 0:
         below_the_bar = "\n" if code == 1 else ""
         print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr, flush=True)
-    if processes.LAUNCHED and os.environ.get("TORCHELASTIC_ERROR_FILE"):        # what torchrun shows at its end
+    if processes.LAUNCHED and os.environ.get("TORCHELASTIC_ERROR_FILE"):        # for torchrun's last report
         report = dict(message=dict(message=line, extraInfo=dict(timestamp=str(int(time.time())))))
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The flags that the scripts share, and the types of their values.
+"""The flags that scripts share, and the types of their values.
 
     parser = flags.Parser(description="...")
     flags.add_common(parser)
@@ -10,7 +10,6 @@ import math
 import os
 from pathlib import Path
 
-import diffusion
 from support.data import DATASETS
 from support.errors import UsageError
 
@@ -38,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def given(self, args=None):
-        """The names of the flags that were given: not those at their defaults."""
+        """The names of the flags on the command line."""
         unset = object()
         found = super().parse_args(args, argparse.Namespace(**{action.dest: unset for action in self._actions}))
         return {name for name, value in vars(found).items() if value is not unset}
@@ -67,7 +66,7 @@ count = number(int, 1)
 natural = number(int, 0)
 positive = number(float, 0, open_low=True)
 fraction = number(float, 0, 1)
-# Beyond these float32 overflows in the first step.
+# Beyond these limits float32 overflows in the first step.
 rate = number(float, 0, 1, open_low=True)
 weight = number(float, 0, 1e6)
 noise = number(float, 1e-4, 1e4)
@@ -87,145 +86,157 @@ def path(text):
     return text
 
 
-def writable(path):
-    """Whether a file or folder of this name could be made or replaced, its folders made where they are not there."""
-    path = Path(path).resolve()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    folder = path.parent if path.is_file() else existing        # a file is replaced by a new one
-    return folder.is_dir() and os.access(folder, os.W_OK)
+def output(kind="file", suffix="", new=False):
+    """An argparse type: the name of a file or folder to write; folders above it are made where there are none.
 
+    Args:
+        kind: "file" or "folder".
+        suffix: what the name must end in, ".png" for instance.
+        new: whether nothing may be there yet.
+    """
+    def parse(text):
+        place = Path(path(text)).resolve()
+        if suffix and place.suffix.lower() != suffix:
+            raise argparse.ArgumentTypeError(f"{text} does not end in {suffix}")
+        if new and place.exists():
+            raise argparse.ArgumentTypeError(f"{text} is there already: remove it, or give another name")
+        if place.exists() and place.is_dir() != (kind == "folder"):
+            raise argparse.ArgumentTypeError(f"cannot write {text}: it is a {'file' if kind == 'folder' else 'folder'}")
+        existing = next(parent for parent in (place, *place.parents) if parent.exists())
+        folder = place.parent if place.is_file() else existing  # a file is replaced, which its folder must allow
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise argparse.ArgumentTypeError(f"cannot write {text}: {folder} is not a writable folder")
+        return text
 
-def check_file(parser, path):
-    """Refuse the name of a file that cannot be written."""
-    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir() or not writable(path):
-        parser.error(f"cannot write {path}: it is a folder, or its folder is not there or not writable")
+    parse.__name__ = "path"
+    return parse
 
 
 def add_common(parser, compile=False):
-    """Flags of every script; compile: whether they do, None where the device decides."""
-    parser.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
+    """Flags of every script; compile: the default of --compile, None where the device decides."""
+    parser.add_argument("--seed", type=natural, default=0, help="of everything random")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "fp16", "tf32", "fp32"], default="auto",
-        help="of the networks: auto is bf16 where the hardware has it, fp16 is for older GPUs; weights and "
-        "preconditioning stay float32",
+        help="of the networks: auto is bf16 where the hardware has it, else float32; fp16 is for older GPUs; weights "
+        "and preconditioning stay float32",
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=compile,
-        help="torch.compile: slow to start, then faster" + ("; default: on CUDA" if compile is None else ""),
+        help="torch.compile: slower to start, then faster" + ("; default: on CUDA" if compile is None else ""),
     )
 
 
 def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save_every):
-    """Flags of the two training scripts. Returns the group of those that say how the networks learn, to add to."""
+    """Flags of both training scripts. Returns the group of those about learning, for a script to add its own."""
     parser.add_argument(
         "--preset", help=f"a named set of defaults, shown by --preset NAME --help: {', '.join(presets)}, or none, the "
-        "plain losses; default: the one for these images and this machine",
+        "papers' plain losses; default: the one for these images and this machine",
     )
-    parser.add_argument("--run_dir", type=path, default=run_dir, help="where checkpoint, logs and grids/ go")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from run_dir's checkpoint with its settings, if it has one"
+        "--run_dir", type=output("folder"), default=run_dir, help="folder for checkpoints, logs and grids"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --run_dir with its settings, if there is one"
     )
     run = parser.add_argument_group("the run")
-    run.add_argument("--overwrite", action="store_true", help="start anew in a run_dir that holds a run")
-    run.add_argument("--steps", type=count, default=steps, help="steps in all, those before a resume included")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in --run_dir by a new one")
+    run.add_argument("--steps", type=count, default=steps, help="total steps, including those before a resume")
     run.add_argument(
-        "--max_minutes", type=positive, help="save and stop after so many minutes, --resume goes on; default: no limit"
+        "--max_minutes", type=positive, help="save and stop after so many minutes, then --resume; default: no limit"
     )
-    run.add_argument("--log_every", type=count, default=50, help="steps between two readings of the losses")
+    run.add_argument("--log_every", type=count, default=50, help="steps between two log lines")
     run.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
     run.add_argument(
-        "--save_every", type=count, default=save_every, help="steps between two checkpoints, ten minutes at most"
+        "--save_every", type=count, default=save_every, help="steps between two checkpoints; at most ten minutes"
     )
     add_common(run)
     run.add_argument(
         "--record", action=argparse.BooleanOptionalAction, default=True,
-        help="with --compile on one GPU: record the kernels of a step once and replay them",
+        help="with --compile on one GPU: capture a step as a CUDA graph and replay it",
     )
     learning = parser.add_argument_group("how the networks learn")
     learning.add_argument("--batch_size", type=count, default=batch_size, help="images per step")
     learning.add_argument(
-        "--accumulate", type=count, default=1, help="parts that a batch is cut into, one after another, to save memory"
+        "--accumulate", type=count, default=1, help="microbatches per batch, one after another, to save memory"
     )
     learning.add_argument(
         "--optimizer", choices=["adam", "muon"], default="adam",
         help="muon: Muon for the convolutions inside the networks, Adam for the rest",
     )
-    learning.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise to the learning rate")
+    learning.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear learning-rate warm-up")
     learning.add_argument(
-        "--lr_schedule", choices=["cosine", "constant"], default="constant", help="after the rise; cosine ends at zero"
+        "--lr_schedule", choices=["cosine", "constant"], default="constant",
+        help="after the warm-up; cosine ends at zero",
     )
     learning.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
-    schedule = "of the Karras schedule; images span [-1, 1]"
-    learning.add_argument("--sigma_min", type=noise, default=diffusion.SIGMA_MIN, help=f"least noise {schedule}")
-    learning.add_argument("--sigma_max", type=noise, default=diffusion.SIGMA_MAX, help=f"most noise {schedule}")
     return learning
 
 
 def add_measuring(parser):
-    """Flags of the two training scripts, for their last group."""
+    """Flags of both training scripts: --eval_every and what it measures with."""
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
         "--eval_every", type=natural, default=0,
-        help="steps between two measurements of the averaged weights' images as by evaluate.py; the checkpoint of the "
-        "least Frechet distance is kept as best.pt; 0: none",
+        help="steps between two measurements of the EMA's images, as evaluate.py makes them; the checkpoint with the "
+        "lowest Frechet distance is kept as best.pt; 0: none",
     )
-    measuring.add_argument("--eval_images", type=number(int, 64), default=2048, help="images of such a measurement")
+    measuring.add_argument("--eval_images", type=number(int, 64), default=2048, help="images per measurement")
     add_features(measuring)
 
 
 def add_dataset(parser, dataset="cifar10", data_dir="data", flip=True):
-    """Flags of the real images, for a parser or a group of it; None: those of the checkpoint."""
+    """Flags of the real images, for a parser or a group of it; where a default is None, the checkpoint names them."""
     otherwise = "" if dataset else "; default: the checkpoint's"
     parser.add_argument(
-        "--dataset", choices=DATASETS, default=dataset, help=f"folder: any tree of <class>/<image>{otherwise}"
+        "--dataset", choices=DATASETS, default=dataset, help=f"folder: a tree of <class>/<image>{otherwise}"
     )
     parser.add_argument(
         "--data_dir", type=path, default=data_dir,
-        help=f"where cifar10 is, or is downloaded to; or the folder{otherwise}",
+        help=f"where cifar10 is, or is downloaded to; or the root of folder{otherwise}",
     )
     if flip:
         parser.add_argument(
             "--flip", type=number(int, 0, 1), default=1 if dataset else None,
-            help=f"1: mirror half of the images, 0: none{otherwise}",
+            help=f"1: mirror half of the images; 0: none{otherwise}",
         )
 
 
 def add_sampling(parser):
-    """Flags of what makes images of a checkpoint."""
-    parser.add_argument("--num_steps", type=count, default=18, help="Heun steps, for a teacher")
+    """Flags of the scripts that sample a checkpoint."""
+    parser.add_argument("--num_steps", type=count, default=18, help="Heun steps of a teacher")
     parser.add_argument(
         "--temperature", type=noise, default=1.0,
-        help="standard deviation of the noise that images begin with, 1 in training; a student's vary more above it",
+        help="standard deviation of the initial noise; it is 1 in training; above 1 a student's images vary more",
     )
     add_cfg(parser, "a teacher")
 
 
 def add_cfg(parser, whose):
     parser.add_argument(
-        "--cfg_scale", type=weight, default=1.0, help=f"classifier-free guidance of {whose}, 1: none"
+        "--cfg_scale", type=weight, default=1.0, help=f"classifier-free guidance of {whose}; 1: none"
     )
     parser.add_argument(
         "--cfg_interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
-        help="noise levels above LOW up to HIGH at which this and autoguidance act; default: all",
+        help="noise levels (LOW, HIGH] at which this and autoguidance act; default: all",
     )
     parser.add_argument(
-        "--autoguidance_scale", type=weight, default=1.0, help=f"guidance of {whose} by a weaker teacher, 1: none"
+        "--autoguidance_scale", type=weight, default=1.0, help=f"guidance of {whose} by a weaker teacher; 1: none"
     )
     parser.add_argument(
-        "--guide", type=path, help="that weaker teacher; default: guide.pt beside the teacher, which train0.py makes"
+        "--guide", type=path, help="the weaker teacher; default: guide.pt, which train0.py saves beside the teacher"
     )
 
 
 def add_features(parser):
-    """Flags of what measures images."""
+    """Flags of the scripts that measure images."""
     parser.add_argument(
         "--feature_extractor", type=path, help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or "
-        "(features, logits); a program: from people you trust. Default: Inception, fetched on first use",
+        "(features, logits); it is a program, so take it from people you trust. Default: Inception, downloaded once",
     )
     parser.add_argument(
-        "--inception_weights", type=path, help="where Inception's weights are; default: torch.hub's folder"
+        "--inception_weights", type=path, help="file of Inception's weights; default: in torch.hub's folder"
     )
     parser.add_argument(
-        "--cache_dir", type=path, default="~/.cache/dmd2", help="keeps the features of datasets, by content"
+        "--cache_dir", type=path, default="~/.cache/dmd2", help="keeps the features of datasets"
     )

@@ -15,34 +15,33 @@ from support.errors import UsageError
 
 
 def start(args):
-    """The device of --device, once all processes of a run are there: what they check before is not yet changed."""
+    """The device of --device, once all processes are here: until then none writes, so that all check the same files."""
     try:
         picked = pick_device(args.device, args.precision)
     except ValueError as error:
         raise UsageError(f"--device: {error}") from error
     if picked.type == "cpu" and torch.get_num_threads() > 1 and others_run() and processes.MAIN:
-        print("note: other programs are at work here; with GOMP_SPINCOUNT=2000 in the environment the threads wait for "
-              "them asleep, which can be many times as fast", file=sys.stderr)
+        print("note: other programs are running; with GOMP_SPINCOUNT=2000 in the environment waiting threads sleep "
+              "instead of spinning, which can be many times as fast", file=sys.stderr)
     processes.start()
     return picked
 
 
 def others_run():
-    """Whether other processes compute now and the threads of this one would spin for them; False where nobody knows."""
+    """Whether other programs compute now and the threads of this one would wait busily; False where that is unknown."""
     said, found = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ), Path("/proc/loadavg")
     return not said and found.exists() and int(found.read_text().split()[3].split("/")[0]) > 1
 
 
 def pick_device(name, precision="auto"):
-    """The torch.device for --device; "auto" prefers CUDA, and of several GPUs the one of this process.
+    """The torch.device for --device; "auto" prefers CUDA. Under torchrun: the GPU of this process.
 
     Raises ValueError if it is not there.
 
-    Also sets what holds for the whole process: TF32 where the device has it, unless precision is "fp32"; and of cuDNN's
-    algorithms only those that give the same result each time, which an exact resume needs. On a GPU it may not be
-    enough for one: what --compile makes of an embedding's backward adds with atomics, in no fixed order.
-    EDMUNet's attention takes the plain products for the same reason: the fused kernels' backward need not repeat
-    itself.
+    Also sets for the whole process: TF32 where the device has it, unless precision is "fp32"; and deterministic cuDNN
+    algorithms, which an exact resume needs. On a GPU they may not be enough for it: the backward of an embedding under
+    --compile adds with atomics, in no fixed order. Fused attention is off for the same reason, as its backward may not
+    be deterministic: EDMUNet's attention runs as plain matrix products.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,7 +56,7 @@ def pick_device(name, precision="auto"):
             raise RuntimeError("choose auto, cpu, cuda, cuda:N or mps")
         torch.zeros(1, device=device).add(1).item()             # a GPU that this torch has no kernels for fails here
         if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)           # events and collectives go by the current one
+            torch.cuda.set_device(device)           # events and collectives use the current device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
     allow_tf32(precision != "fp32")
@@ -68,14 +67,14 @@ def pick_device(name, precision="auto"):
 
 
 def allow_tf32(allowed):
-    """Whether the float32 products and convolutions of this process may round their factors to TF32."""
+    """Set whether the float32 matrix products and convolutions of this process may round their inputs to TF32."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
 def full_float32(device):
-    """Context of what must not depend on --precision: no bf16, no TF32."""
+    """Context for what must not depend on --precision: no bf16, no TF32."""
     before = torch.backends.cudnn.allow_tf32
     allow_tf32(False)
     try:
@@ -86,7 +85,7 @@ def full_float32(device):
 
 
 def has_fast_bf16(device):
-    """Whether bf16 is computed in hardware; emulated it would be slower than float32."""
+    """Whether the hardware computes in bf16; emulated bf16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -107,14 +106,14 @@ def autocast(device, precision):
 
 
 def peak_memory_mib(device):
-    """Peak memory of this process so far, MiB: of the GPU where there is one, else resident."""
+    """Peak memory of this process so far, MiB: GPU memory on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def environment(device):
-    """What a number may depend on beside the code: a dict for a JSON of results."""
+    """What a result may depend on besides the code: a dict for the JSON of results."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Image files of any kind as small RGB images, and which ones a folder holds.
+"""Find the image files in a folder, and read them, of any format, as 32x32 RGB images.
 
     images, others = find("photos")          # paths: what Pillow reads, and the rest
     pixels = read(images)                    # uint8 [N, 3, 32, 32]
@@ -16,12 +16,12 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPL
 from model import IMAGE_SIZE
 from support.errors import UsageError
 
-Image.init()                                        # registers all of its formats, not only the most common
-# Pillow has names for more than it decodes: some files it only writes, some need another program, EPS is a program.
+Image.init()                                        # registers all of Pillow's formats, not only common ones
+# Not all formats that Pillow knows: some it only writes, some need another program, and an EPS file is a program.
 FORMATS = {*Image.OPEN, "MPO"} - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# Above 1 MiB of text or colour profile it would refuse the image; all text of one stays within 64.
+# Else Pillow refuses a PNG with a text chunk or colour profile above 1 MiB. All text of a PNG stays below 64 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-# EXIF's orientations, and what sets each upright.
+# EXIF orientation: the operation that turns the image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -38,13 +38,13 @@ def is_image(path):
 
 
 def find(folder, seen=None):
-    """The files below a folder, however deep, through links too. Names that begin with a dot are none.
+    """The files below a folder, at any depth and through links; names that begin with a dot are skipped.
 
     Args:
-        seen: real folders not to enter, to which this adds those it enters: none is read twice.
+        seen: real paths of folders to skip; those entered are added, so that none is read twice.
 
     Returns:
-        the images, known by suffix, and the other files: two sorted lists of paths.
+        the images, recognised by suffix, and the other files: two sorted lists of paths.
 
     Raises:
         DataError: a folder cannot be read.
@@ -66,12 +66,12 @@ def find(folder, seen=None):
 
 
 def few(names, most=10):
-    """The first of them, for a message."""
+    """The first of the names, for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def left_out(files):
-    """What to say of files that were not taken: "30 files left out (.heic, notes)"."""
+    """A message about the files that were not read: "30 files left out (.heic, notes)"."""
     kinds = sorted({file.suffix.lower() or file.name for file in files})
     return f"{len(files)} {'file' if len(files) == 1 else 'files'} left out ({few(kinds)})"
 
@@ -100,7 +100,7 @@ def read(paths):
 def read_one(path):
     """One image as uint8 [32, 32, 3] RGB: the shorter side is resized to 32 and the centre is cut out.
 
-    Of several frames it is the first. Transparent ones lie on white.
+    Of several frames the first is read. Transparent images are put on a white background.
     """
     try:
         with Image.open(path) as file:
@@ -118,7 +118,7 @@ def read_one(path):
 
 
 def rgb(image):
-    """An image of any of Pillow's modes as RGB, upon white where it is transparent."""
+    """An image of any of Pillow's modes as RGB, on white where it is transparent."""
     if image.mode.startswith(("I", "F")):
         image = grey(image)
     if image.has_transparency_data:
@@ -128,34 +128,35 @@ def rgb(image):
 
 
 def grey(image):
-    """A grey image of more than 8 bits in 8, where Pillow would clip it.
+    """Scale a grey image of more than 8 bits to 8 bits; Pillow itself would clip it.
 
-    White is the largest value of the type, or 1.0; of 32 bits that only use 16, as in an array that was saved, those.
+    White is the largest value of the integer type, or 1.0 for floats. 32-bit images whose values fit in 16 bits, as
+    saved arrays often do, count as 16-bit.
 
     Raises:
         ValueError: there are values outside that range.
     """
-    tags = getattr(image, "tag_v2", {})             # of a TIFF; of other files Pillow scales integers to 16 bits
+    tags = getattr(image, "tag_v2", {})             # of a TIFF; in other files Pillow scales integers to 16 bits
     bits, signed = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(SAMPLEFORMAT) == (2,)
     values = np.asarray(image)
     if image.mode == "I" and not signed:
         values = values.view(np.uint32)
     low, high = values.min(), values.max()
     white = 1 if image.mode == "F" else 2 ** (16 if bits == 32 and high < 2**16 else bits - signed) - 1
-    if not 0 <= low <= high <= white:               # nor is NaN
+    if not 0 <= low <= high <= white:               # also true for NaN
         raise ValueError(f"its values are from {low} to {high}, not within 0 to {white}")
     levels = values.astype(np.float32) * (255 / white)
     if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:   # zero is white
         levels = 255 - levels
-    if "transparency" in image.info:                # the value in a PNG that stands for no colour
+    if "transparency" in image.info:                # in a PNG: the value that means transparent
         levels[values == image.info["transparency"]] = 255
     return Image.fromarray(levels.round().astype(np.uint8))
 
 
 def upright(image, file):
-    """The image turned as its file's EXIF says, or as it is stored where that is damaged."""
+    """The image rotated as its file's EXIF says, or as it is stored if the EXIF is damaged."""
     try:
         orientation = file.getexif().get(ExifTags.Base.Orientation)
-    except Exception:                               # each kind of damage has its own
+    except Exception:                               # its type depends on the damage
         return image
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image

@@ -1,4 +1,4 @@
-"""Meter: the losses of the steps since they were last logged."""
+"""Meter: the losses of the steps since the last log line."""
 
 import math
 
@@ -12,16 +12,16 @@ class NonFiniteError(RunError):
     """A loss or gradient norm became NaN or infinite."""
 
 
-def add_part(log, parts, **means):
-    """Add what one of so many equal parts of a batch contributes to the batch's means: name -> 0-d tensor, in log."""
+def add_microbatch(log, k, **means):
+    """Add the means (0-d tensors) over one of k equal microbatches to those of the whole batch: log, name -> mean."""
     for name, mean in means.items():
-        log[name] = log.get(name, 0) + mean.detach() / parts
+        log[name] = log.get(name, 0) + mean.detach() / k
 
 
 class Meter:
-    """Scalars of the steps since the last reading, kept on the device: only read() and state() synchronise.
+    """Scalars of the steps since the last reading, kept on the device: only read() and state() synchronise with it.
 
-    With several processes they are the means over these.
+    With several processes they are averaged over the processes.
     """
 
     def __init__(self, device, state=None):
@@ -34,11 +34,11 @@ class Meter:
             self.history.setdefault(name, {})[step] = value.detach()
 
     def state(self):
-        """The unread scalars as numbers, for a checkpoint. Raises NonFiniteError naming the first bad step."""
+        """The scalars not yet read, as numbers, for a checkpoint. Raises NonFiniteError naming the first bad step."""
         state, bad = {}, []
         for name, entries in self.history.items():
             values = torch.stack([value.float() for value in entries.values()]).cpu().double()
-            # In float64, as a resume reads means and takes them again: of equal numbers the mean is the number.
+            # In float64: a resumed run averages these means again, and the mean of equal numbers must be the number.
             values = (processes.sum_on_host(values) / processes.WORLD).float().tolist()
             state[name] = dict(zip(entries, values, strict=True))
             bad += [(step, name, value) for step, value in state[name].items() if not math.isfinite(value)]
@@ -48,7 +48,7 @@ class Meter:
         return state
 
     def read(self):
-        """Mean of each scalar since the last call, and a new start. Raises NonFiniteError like state()."""
+        """Mean of each scalar since the last call, which starts a new reading. Raises NonFiniteError like state()."""
         means = {name: sum(entries.values()) / len(entries) for name, entries in self.state().items()}
         self.history.clear()
         return means

@@ -1,14 +1,12 @@
-"""How near images are to a dataset: the metrics of torch-fidelity, in the features of Inception or of a given network.
+"""Distances of images to a dataset: torch-fidelity's metrics, in the features of Inception or of a given network.
 
     extractor = inception(device)                    # or exported("features.pt2", device)
     real = reference(images, extractor, cache_dir)   # features of a dataset, cached on disk by content
     values = distances(generated, labels, real, extractor)                  # dict: fid, kid, precision, recall, ...
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from support import archive, hardware
+from support import archive, files, hardware
 from support.data import DataError
 
 INCEPTION = "inception-v3-compat"
@@ -29,15 +27,15 @@ KID_SUBSET = 1000
 
 
 class MetricsError(DataError):
-    """The feature network cannot be had; the message is one line that names the file."""
+    """The feature network cannot be loaded; the message is one line that names the file."""
 
 
 class Extractor:
     """Features of images.
 
     Args:
-        name: what the distances in these features are called by, "FID" for Inception, else "FD".
-        identity: what tells these features from others, for the cache.
+        name: what the Frechet distance in these features is called: "FID" for Inception, else "FD".
+        identity: a string that tells these features from others, for the cache.
         network: uint8 [N, 3, 32, 32] -> (features [N, D], logits [N, K] or None).
         classes: the names of the K classes, None where they are not known.
     """
@@ -48,7 +46,7 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images, batch_size=250):
         """uint8 [N, 3, 32, 32] -> features float32 [N, D] and logits [N, K] or None, on the CPU."""
-        with hardware.full_float32(self.device):     # within a training, too: as those of the cached reference
+        with hardware.full_float32(self.device):     # during training too, as for the cached reference
             parts = [self.network(batch.to(self.device)) for batch in images.split(batch_size)]
         features = torch.cat([features.float().cpu() for features, _ in parts])
         logits = None if parts[0][1] is None else torch.cat([logits.float().cpu() for _, logits in parts])
@@ -62,7 +60,7 @@ def inception(device, path=None):
         path: the weights; None: torch-fidelity's own copy, downloaded on first use to torch.hub's folder.
 
     Raises:
-        MetricsError: the weights are not there and cannot be downloaded, or the file is not what it should be.
+        MetricsError: the weights are not there and cannot be downloaded, or the file does not hold them.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
@@ -71,12 +69,12 @@ def inception(device, path=None):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix="6726825d", progress=False)
-        except Exception as error:                  # urllib's many
+        except Exception as error:                  # urllib raises many types
             raise MetricsError(
                 f"the weights of Inception could not be downloaded ({error}): put {URL_INCEPTION_V3} at {file} or "
                 "at --inception_weights FILE, or give --feature_extractor FILE.pt2, which tools/features.py makes"
             ) from error
-    try:                                            # torch-fidelity would unpickle anything: look first
+    try:                                            # torch-fidelity would unpickle anything: check first
         torch.load(file, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], str(file)).to(device)
     except Exception as error:
@@ -87,20 +85,20 @@ def inception(device, path=None):
 def exported(path, device):
     """A feature network saved by torch.export: uint8 [N, 3, 32, 32] -> features [N, D], or (features, logits [N, K]).
 
-    Such a file is a program: take it from people you trust. Files with pickled objects inside are refused. Its
-    classes have the names in archive.CLASSES, if there is such a member.
+    Such a file is a program: take it from people you trust. Files with pickled objects inside are refused. The
+    names of its classes are those in the member archive.CLASSES, if there is one.
 
     Raises:
-        MetricsError: it is not there, no such program, or takes or gives something else.
+        MetricsError: the file is missing, is not such a program, or has other inputs or outputs.
     """
     try:
         content = Path(path).read_bytes()
-        # A program remembers the device that it was made on and checks its input for it: .to(device) would not do.
+        # A program checks that its input is on the device it was exported on, so .to(device) would not be enough.
         extra = {archive.CLASSES: "null"}
         program = torch.export.load(archive.without_pickles(content), extra_files=extra)
         classes = json.loads(extra[archive.CLASSES])
         program = move_to_device_pass(program, torch.empty(0, device=device).device).module()
-        for n in 4, 5:                              # an N that was fixed when it was exported shows now
+        for n in 4, 5:                              # two sizes: an N that was fixed at export fails here
             out = program(torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=device))
             features, logits = out if isinstance(out, tuple | list) else (out, None)
             if features.ndim != 2 or len(features) != n or (logits is not None and logits.ndim != 2):
@@ -116,20 +114,20 @@ def exported(path, device):
 
 
 def at_most(features, most, seed=0):
-    """At most so many of the rows, drawn without order kept."""
+    """At most so many of the rows: a random choice, in random order."""
     if most is None or len(features) <= most:
         return features
     return features[np.random.default_rng(seed).permutation(len(features))[:most]]
 
 
 def summary(features):
-    """What the distances need of a set: its features [N, D], and their mu [D] and sigma [D, D] in float64."""
+    """What the distances need of a set of images: features [N, D], and their mu [D] and sigma [D, D] in float64."""
     return dict(fid_features_to_statistics(features.double()), features=features)
 
 
 def reference(images, extractor, cache_dir):
-    """summary() of a dataset's images, uint8 [N, 3, 32, 32], read from cache_dir if these images were there before."""
-    digest = hashlib.sha256(f"all features, {extractor.identity}".encode())          # an older cache kept some
+    """summary() of a dataset's images, uint8 [N, 3, 32, 32], read from cache_dir if it was kept there."""
+    digest = hashlib.sha256(f"all features, {extractor.identity}".encode())          # older caches held only a subset
     digest.update(images.contiguous().numpy())
     try:
         path = Path(cache_dir).expanduser() / f"{digest.hexdigest()[:32]}.npz"
@@ -141,17 +139,11 @@ def reference(images, extractor, cache_dir):
             return dict(file, features=torch.from_numpy(file["features"]))
     except Exception:                               # not there yet, or damaged: made anew
         real = summary(extractor(images)[0])
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, **dict(real, features=real["features"].numpy()))
-        os.replace(temporary, path)
-    except OSError as error:                        # what was measured is worth more than its copy for the next time
+        kept = dict(real, features=real["features"].numpy())
+        files.write(path, lambda file: np.savez(file, **kept))
+    except OSError as error:                        # the measurement matters more than its cached copy
         print(f"note: cannot keep the features in --cache_dir {cache_dir}: {error.strerror}", file=sys.stderr)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return real
 
 
@@ -160,9 +152,9 @@ def distances(images, labels, real, extractor, neighbours=None):
 
     Args:
         images: uint8 [N, 3, 32, 32].
-        labels: the classes they were generated for, [N], by extractor.classes; None where it does not know them.
+        labels: the classes they were generated for, [N], indices of extractor.classes; None if it has other classes.
         real: the dataset's summary().
-        neighbours: how many images of each set precision and recall look at, whose time is their square; None: all.
+        neighbours: how many images of each set precision and recall use (their time is quadratic in it); None: all.
 
     Returns:
         a dict of floats: fid or fd (Frechet distance), precision and recall (in the same features, as in
@@ -179,7 +171,7 @@ def distances(images, labels, real, extractor, neighbours=None):
         kid = kid_features_to_metric(one, two, kid_subset_size=subset, verbose=False)
         values["kid"] = kid["kernel_inception_distance_mean"]
         values["inception_score"] = isc_features_to_metric(logits)["inception_score_mean"]
-    elif logits is not None and labels is not None and labels.any():    # all of one class: it says nothing
+    elif logits is not None and labels is not None and labels.any():    # not for a single class, whose labels are all 0
         values["class_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     one, two = at_most(one, neighbours), at_most(two, neighbours)
     manifold = prc_features_to_metric(one, two, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
@@ -190,7 +182,7 @@ def distances(images, labels, real, extractor, neighbours=None):
 def floor(real, n):
     """The Frechet distance between a dataset and n of its images, drawn with replacement.
 
-    A perfect model is no nearer with n images: the estimate of the covariance is off by so much.
+    A perfect model has no lower FD with n images: it is the error of a covariance estimated from n images.
     """
     rows = np.random.default_rng(0).integers(len(real["features"]), size=n)
     return fid_statistics_to_metric(summary(real["features"][rows]), real, verbose=False)[KEY_METRIC_FID]

@@ -11,21 +11,21 @@ NETWORKS = dict(SimpleUNet=SimpleUNet, EDMUNet=EDMUNet)
 
 
 def described(net):
-    """What a checkpoint keeps of a network beside its weights: the name of its class, and its arguments."""
+    """What a checkpoint holds of a network besides its weights: the name of its class, and its arguments."""
     return dict(net.config, network=type(net).__name__)
 
 
 def rebuild(config):
-    """A fresh network as described()."""
+    """A new network from what described() returned."""
     arguments = dict(config)
-    name = arguments.pop("network", "SimpleUNet")   # as all were, before checkpoints said
+    name = arguments.pop("network", "SimpleUNet")   # older checkpoints do not name it
     if name not in NETWORKS:
         raise ValueError(f"its network is a {name!r:.60}, not one of {', '.join(NETWORKS)}")
     return NETWORKS[name](**arguments)
 
 
 def averaged(state, device="cpu"):
-    """The averaged network of a loaded checkpoint: frozen, in evaluation mode, channels_last."""
+    """The EMA network of a loaded checkpoint: frozen, in evaluation mode, channels_last."""
     net = rebuild(state["model_config"])
     net.load_state_dict(state["model_ema"])
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Pairs of noise and the image that the teacher's ODE makes of it, for a generator to begin with.
+"""ODE pairs, noise and the image that the teacher's ODE makes of it: the generator begins with a regression on them.
 
     pairs = Pairs(sample, num_pairs=2048, num_classes=10, batch_size=64, seed=0, device=device)
     z, labels, x_ode = pairs(step)
@@ -13,21 +13,22 @@ SEED = 2**21                                        # away from the noise of the
 
 
 class Pairs:
-    """Batches of pairs that come again and again in one order: functions of (seed, step), so that a resume needs none.
+    """Batches of ODE pairs, repeated in a fixed order. A batch depends on (seed, step) alone: a resume saves no pairs.
 
-    A batch is made when it is first asked for, within a step that can be stopped. Its images are kept as uint8.
+    A batch is made when it is first asked for, so that a stop signal waits for one batch at most, not for all. Its
+    images are kept as uint8.
 
     Args:
-        sample: (z, labels, renoise) -> images, as in sampling.sampler, of the teacher.
-        num_pairs: rounded up to whole batches; as many of each class.
-        mirrored: whether every other time all of them come mirrored, the noise too: of mirrored noise a teacher of
-            mirrored images makes what is as good as the mirrored image.
+        sample: the teacher's sampler (z, labels, renoise) -> images, as in sampling.sampler.
+        num_pairs: rounded up to whole batches; equally many of each class.
+        mirrored: whether every second pass mirrors both noise and images. A teacher that was trained on mirrored images
+            makes nearly the mirrored image of mirrored noise, so a mirrored pair is as good.
     """
 
     def __init__(self, sample, num_pairs, num_classes, batch_size, seed, device, mirrored=False):
         self.sample, self.seed, self.device, self.mirrored = sample, seed + SEED, device, mirrored
         self.batch_size, self.num_batches, self.num_classes = batch_size, -(-num_pairs // batch_size), num_classes
-        self.images = {}                            # of the batches that were made: uint8 [batch_size, 3, 32, 32]
+        self.images = {}                            # batch -> its images, uint8 [batch_size, 3, 32, 32]
 
     def __call__(self, step, rank=0, world=1):
         """A share of a step's batch: z [B / world, 3, 32, 32], labels [B / world], images like z in [-1, 1]."""

@@ -4,6 +4,7 @@ import torch
 from torchvision.utils import make_grid
 
 from support.data import to_uint8
+from support.randomness import image_noise
 
 MAX_ROWS = 16                                       # classes shown in the grids of a run
 
@@ -18,6 +19,13 @@ def class_grid(images, rows):
 
 
 def side_by_side(*pictures):
-    """Pictures of one height, float [3, H, W], with a gap between each two."""
+    """Pictures of equal height, float [3, H, W], side by side with a gap between them."""
     gap = torch.ones(3, pictures[0].shape[1], 8)
     return torch.cat([part for picture in pictures for part in (gap, picture)][1:], dim=2)
+
+
+def grid_inputs(seed, num_classes, device):
+    """What the grids of a run show: their rows, the labels [N] of 8 images each, and draw -> noise [N, 3, 32, 32]."""
+    rows = min(num_classes, MAX_ROWS)
+    labels = torch.arange(8 * rows, device=device) % rows
+    return rows, labels, lambda draw: image_noise(seed, range(8 * rows), draw).to(device)

@@ -1,7 +1,7 @@
-"""Several processes as one run, started by `torchrun --nproc_per_node=N train.py ...`; without it nothing of this acts.
+"""Data parallelism, by `torchrun --nproc_per_node=N train.py ...`; without torchrun all of this does nothing.
 
---batch_size stays the images of a step in all: each process takes its share of them and of the step's random numbers
-(StepRandom, data.Batches), then the gradients are averaged. So N processes take the steps that one would.
+--batch_size is that of all processes together. Each takes its share of the images and of the step's random numbers
+(StepRandom, data.Batches); then an all-reduce averages the gradients. So N processes take the same steps as one.
 """
 
 import datetime
@@ -16,14 +16,14 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
     int(os.environ[name]) if LAUNCHED else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
-SHARE = RANK, WORLD                                 # which of how many shares of a batch is this process's
+SHARE = RANK, WORLD                                 # this process takes share RANK of WORLD of a batch
 MAIN = RANK == 0                                    # the process that writes
-# The others wait while one measures, or loads a dataset. That one has died is torchrun's to see, at once.
+# Long, as the others wait while one measures or loads a dataset. torchrun detects a dead worker at once.
 TIMEOUT = datetime.timedelta(days=7)
 
 
 def start():
-    """Connect the processes: gloo between their hosts, nccl between their GPUs. Returns when all are there."""
+    """Connect the processes: gloo for CPU tensors, nccl for GPU tensors. Returns when all are here."""
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     wait()
@@ -35,12 +35,12 @@ def wait():
 
 
 def shares(n):
-    """The shares (rank, world) of a batch that this process takes one after another, n of them."""
+    """The shares (rank, world) of a batch that are the n microbatches of this process."""
     return [(RANK * n + i, WORLD * n) for i in range(n)]
 
 
 def lost(error):
-    """Whether an error says that another process is gone."""
+    """Whether an error says that another process has ended."""
     words = ("connection", "by peer", "timed out", "timeout", "aborted")
     return WORLD > 1 and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
@@ -51,12 +51,12 @@ def finish():
 
 
 def main_only(function):
-    """Decorates what only the main process does; in the others it does nothing."""
+    """Decorator of a function that only the main process runs; in the others it does nothing."""
     return function if MAIN else lambda *args, **kwargs: None
 
 
 def mean(tensor):
-    """The mean of the processes' tensors, without gradient."""
+    """The mean of a tensor over the processes (an all-reduce), without gradient."""
     if WORLD == 1:
         return tensor
     total = tensor.detach().clone()
@@ -64,23 +64,18 @@ def mean(tensor):
     return total / WORLD
 
 
-def batch_mean(tensor):
-    """The mean over the whole batch, of which each process has a share [B, ...]; without gradient."""
-    return mean(tensor.mean())
-
-
 def average_gradients(parameters):
     """Replace each gradient by its mean over the processes.
 
-    One sum of all of them after the backward pass, where DistributedDataParallel would start on the first during it:
-    that wants each turn of DMD2 to be the forward of one module, and every parameter of it to take part, to hide a
-    transfer that is small for these networks.
+    One all-reduce of all gradients after the backward pass. DistributedDataParallel would overlap the two, but needs
+    each turn of DMD2 to be the forward of one module that uses all its parameters; and for networks this small the
+    transfer takes little time.
     """
     if WORLD > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = flat.split([gradient.numel() for gradient in gradients])
-        # A channels_last gradient is flattened in the order of its indices, and filled in the same order.
+        # flatten() and view() both follow the order of the indices, for channels_last gradients too.
         torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
@@ -92,19 +87,19 @@ def sum_on_host(tensor):
 
 
 def any_process(flag):
-    """Whether the flag is set in any process: what one decides, all must."""
+    """Whether the flag is set in any process, so that all take the same decision."""
     return bool(sum_on_host(torch.tensor(int(bool(flag))))) if WORLD > 1 else bool(flag)
 
 
 def first_of_host(function, *args):
-    """function(*args) in every process, in one of each host before the others: it may download."""
+    """Call function(*args) in every process, in one per host before the others, as it may download."""
     result = function(*args) if LOCAL_RANK == 0 else None
     wait()
     return result if LOCAL_RANK == 0 else function(*args)
 
 
 def from_main(function, *args):
-    """function(*args), called in the main process alone, its result known to all."""
+    """Call function(*args) in the main process only and return its result in all."""
     if WORLD == 1:
         return function(*args)
     result = [function(*args) if MAIN else None]

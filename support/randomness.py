@@ -1,4 +1,4 @@
-"""Random numbers as functions of what they are for: of (seed, step) in training, of (seed, image index) in sampling."""
+"""Random numbers that depend on nothing but (seed, step) in training and (seed, image index) in sampling."""
 
 import math
 
@@ -9,13 +9,13 @@ import torch
 class StepRandom:
     """The random numbers of one training step: a function of (seed, step) alone, so a resume needs no saved state.
 
-    Of several processes each draws those of the whole step and takes its share, so that together they hold what one
-    process would: every shape below is that of the share, and starts with the images.
+    Each of several processes draws the numbers of the whole batch and takes its share, so that together they use the
+    same numbers as one process. The shapes below are those of the share; their first dimension is the images.
     """
 
     def __init__(self, seed, step, device="cpu", rank=0, world=1):
         base = int(np.random.SeedSequence([0x57E9, seed]).generate_state(1)[0])
-        # The CPU generator keeps 32 bits of its seed: adding the step keeps all steps of a run apart.
+        # The CPU generator keeps 32 bits of its seed. Adding the step gives all steps of a run different seeds.
         self.generator = torch.Generator(device).manual_seed((base + step) % 2**32)
         self.device, self.rank, self.world = device, rank, world
         self.host = np.random.default_rng([0x4057, seed, step])
@@ -29,7 +29,7 @@ class StepRandom:
         return self.share(torch.rand, *shape)
 
     def choice(self, n):
-        """One uniform int of 0 .. n - 1, drawn by the host: what it decides must not wait for the device."""
+        """One uniform int of 0 .. n - 1, drawn on the host, so that deciding by it does not wait for the device."""
         return int(self.host.integers(n))
 
     def integers(self, low, high, *shape):
@@ -42,10 +42,10 @@ class StepRandom:
 
 
 def image_noise(seed, indices, draw=0, walk=0.0):
-    """Unit noise of the images numbered so, float32 [len(indices), 3, 32, 32]: each from (seed, index, draw) alone.
+    """Unit Gaussian noise of images, float32 [len(indices), 3, 32, 32]: each depends on (seed, index, draw) alone.
 
     Args:
-        walk: 0 .. 1, how far to go to the noise of seed + 1, along the arc on which all is unit noise.
+        walk: 0 .. 1, how far to go towards the noise of seed + 1, along an arc: all points of it are unit noise too.
     """
     if walk:
         a, b = math.cos(math.pi / 2 * walk), math.sin(math.pi / 2 * walk)           # a^2 + b^2 = 1

@@ -1,4 +1,4 @@
-"""A training step as one launch: a GPU records its kernels once, and from then on replays them.
+"""A training step as one launch: CUDA graph capture of its kernels, once, and replay in the steps that follow.
 
     @recorded(device, args.compile)
     def train_step(rngs, x_0, labels, factor):      # batch, loss, backward, optimizer, EMA
@@ -7,32 +7,32 @@
 
     log = train_step([StepRandom(seed, step, device)], x_0, labels, lr_factor(step, args))
 
-Launched one by one, the kernels of a step kept an H200 busy for half of it (results/README.md, "Speed"). A
-replay repeats them on the same memory, so all that changes from step to step has to lie in memory that stays: the
-random numbers, drawn by (seed, step) as ever, tensors, and floats as 0-d tensors. Any other argument decides which
-kernels run: for each value of it there is one recording. Within the step nothing may ask the GPU for a number or send
-it one: no item(), no `if tensor`, no Python number in torch.where.
+Launched one by one, the kernels of a step kept an H200 busy for only half of its time (results/README.md, "Speed"). A
+replay runs the same kernels on the same memory, so all that changes from step to step must lie in fixed memory: the
+random numbers, still drawn by (seed, step), tensors, and floats as 0-d tensors. Any other argument may change which
+kernels run, so each of its values gets a CUDA graph of its own. Within the step no number may be copied from or to the
+GPU: no item(), no `if tensor`, no Python number in torch.where.
 
-How: torch's notes on CUDA graphs, "Whole-network capture" (docs.pytorch.org/docs/stable/notes/cuda.html).
+Follows torch's notes on CUDA graphs, "Whole-network capture" (docs.pytorch.org/docs/stable/notes/cuda.html).
 """
 
 import torch
 
 from support import processes
 
-WARM_UP = 3                                         # calls before a recording: they compile and make what stays
+WARM_UP = 3                                         # calls before the capture: they compile, and allocate what persists
 
 
 def recorded(device, wanted):
-    """Decorator of a training step: Recorded on one GPU, where wanted; elsewhere the step as it is."""
+    """Decorator of a training step: Recorded if wanted and on a single GPU; otherwise the step itself."""
     records = wanted and device.type == "cuda" and processes.WORLD == 1
     return Recorded if records else lambda step: step
 
 
 class Recorded:
-    """A training step (rngs, *arguments) -> dict of 0-d tensors; once it is warm its recording is replayed.
+    """A training step (rngs, *arguments) -> dict of 0-d tensors: called WARM_UP times, then captured and replayed.
 
-    Raises RuntimeError if the step cannot be recorded.
+    Raises RuntimeError if the step cannot be captured.
     """
 
     def __init__(self, step):
@@ -45,7 +45,7 @@ class Recorded:
         return self.recordings[key](rngs, arguments)
 
     def warm_up(self, call):
-        """What call() returns, run on the stream that will record: autograd remembers where a weight was first used."""
+        """Run call() on the stream of the capture: autograd remembers on which stream a weight was first used."""
         stream, current = self.stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -54,7 +54,7 @@ class Recorded:
         return result
 
     def record(self, call):
-        """A function that replays the kernels of call() and returns its tensor, in the same memory each time."""
+        """Capture call(). Returns a function that replays it and returns its tensor, in the same memory each time."""
         graph, stream = torch.cuda.CUDAGraph(), self.stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=stream):
@@ -69,14 +69,17 @@ class Recorded:
         return replay
 
     def stream(self):
-        """Of warm-ups and recordings; these share memory, as no two run at once and none needs what another left."""
+        """The stream of warm-ups and captures.
+
+        All graphs share one memory pool: no two run at once, and none needs what another left in it.
+        """
         if not hasattr(self, "side"):
             self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         return self.side
 
 
 class Recording:
-    """The recording of a step for arguments of one key."""
+    """The CUDA graph of a step, for arguments of one key (see key_of)."""
 
     def __init__(self, recorded, arguments, device):
         self.recorded, self.calls, self.replay = recorded, 0, None
@@ -99,7 +102,7 @@ class Recording:
             self.replay = self.recorded.record(self.logged)
         elif numbers:
             refill(self.numbers, numbers)
-        # A copy, as the next replay overwrites it.
+        # A copy, as the next replay overwrites the tensor.
         return dict(zip(self.names, self.replay().clone().unbind(), strict=True))
 
     def logged(self):
@@ -110,7 +113,7 @@ class Recording:
 
 
 class Listener:
-    """A StepRandom that remembers what it is asked for."""
+    """Passes requests on to a StepRandom, and remembers them."""
 
     def __init__(self, rng):
         self.rng, self.requests = rng, []
@@ -124,7 +127,7 @@ class Listener:
 
 
 class Prompter:
-    """Gives the numbers that lie in fixed memory for the requests of a Listener, in the same order."""
+    """Stands in for a StepRandom in a capture: answers the requests of a Listener, in order, from fixed memory."""
 
     def __init__(self, requests, numbers):
         self.answers = zip(requests, numbers, strict=True)
@@ -146,7 +149,7 @@ def key_of(argument):
 
 
 def fixed(argument, device):
-    """Memory for arguments like this one."""
+    """Fixed memory for arguments like this one: for a tensor or a float; any other argument is returned."""
     if torch.is_tensor(argument):
         return torch.empty_like(argument)
     return torch.empty((), device=device) if isinstance(argument, float) else argument

@@ -1,6 +1,6 @@
-"""A training script's settings: the flags given, over those of the run that goes on, over a preset's.
+"""The settings of a training script: the flags given, over those of the resumed run, over those of a preset.
 
-    args, state = resume.parse(parser, "teacher", PRESETS, choose)  # state: the checkpoint to go on from, or None
+    args, state = resume.parse(parser, "teacher", PRESETS, choose)  # state: the checkpoint to resume from, or None
     resume.restore(args, state, dict(model=net, ema=ema))
 """
 
@@ -13,15 +13,17 @@ import torch
 from support import checkpoint, flags, processes, validation
 from support.errors import UsageError
 
+# The last version whose checkpoints do not name the commit that made them.
+LAST_UNNAMED = "804d3b3"
 SESSION_FLAGS = ("stamp", "given", "run_dir", "device", "max_minutes", "resume", "overwrite", "preset")
 
 
 def settings(args):
-    """What a checkpoint remembers of the flags: all but those that belong to one session at the machine."""
+    """The flags that a checkpoint remembers: all but those of one session at the machine."""
     return {name: value for name, value in vars(args).items() if name not in SESSION_FLAGS}
 
 
-def fitting(args, figures):
+def choose_preset(args, figures):
     """The name of the preset for the machine of --device, and for the figures of `shapes` or for photographs."""
     if figures:
         return "demo"
@@ -30,18 +32,18 @@ def fitting(args, figures):
 
 
 def parse(parser, kind, presets, choose, argv=None, fixed=()):
-    """Parse a training script's flags: those given, over the resumed run's settings, or over the preset's.
+    """Parse a training script's flags: those given, over the resumed run's settings or over the preset's.
 
     Args:
-        kind: "teacher" or "student", what the script trains.
+        kind: "teacher" or "student": what the script trains.
         presets: name -> dict of defaults.
-        choose: args -> the name of the preset for a new run that was given none.
+        choose: args -> name of the preset for a new run without --preset.
         fixed: flags that a resumed run cannot change.
 
     Returns:
-        the flags, with the names of those that were given as `given`; and the checkpoint to resume from or None.
+        the flags, with `given`, the names of those on the command line; and the checkpoint to resume from, or None.
     """
-    first = flags.Parser(add_help=False)            # before --help, which shows the preset's values
+    first = flags.Parser(add_help=False)            # before --help, which shows the values of the preset
     first.add_argument("--preset")
     preset = first.parse_known_args(argv)[0].preset
     if preset is not None and preset not in (*presets, "none"):
@@ -50,7 +52,7 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
     parser.set_defaults(**presets.get(preset, {}))
     args = parser.parse_args(argv)
     given = parser.given(argv)
-    stamp = checkpoint.stamp(args.run_dir)          # before it is read
+    stamp = checkpoint.stamp(args.run_dir)          # before the checkpoint is read
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
     check_folder(args, found)
     state, defaults = None, {}
@@ -58,10 +60,12 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
         state = checkpoint.load(found, kind=kind)
         if "settings" not in state:
             raise checkpoint.CheckpointError(f"{found} holds weights only: nothing to resume")
-        for name, value in state["settings"].items():
-            if not hasattr(args, name):
-                raise UsageError(f"{found} is of a run with --{name} {value}, a flag that is no more")
-        defaults = plain | state["settings"]        # not the preset's, which a later version may have changed
+        unknown = [name for name in state["settings"] if not hasattr(args, name)]
+        if unknown:
+            version = state.get("commit") or f"{LAST_UNNAMED} or an earlier one"
+            raise UsageError(f"{found} was made by commit {version}, whose --{unknown[0]} this version does not have: "
+                             "resume it there, or start a new run")
+        defaults = plain | state["settings"]        # not the preset, which may have changed since
     elif preset is None:
         preset = choose(args)
         defaults = presets[preset]
@@ -74,33 +78,27 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
 
 
 def check_folder(args, found):
-    """Raise UsageError unless a run may begin in --run_dir, or go on from the checkpoint found there."""
+    """Raise UsageError unless a run may begin in --run_dir, or resume from the checkpoint found there."""
     folder = Path(args.run_dir)
     left = [name for name in (checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG) if (folder / name).exists()]
-    if left and not found and not args.overwrite:   # a new run would take them away
+    if left and not found and not args.overwrite:   # a new run would delete them
         raise UsageError(f"{folder} holds {left[0]} but no {checkpoint.NAME}: --overwrite starts anew in it")
     if found and not args.resume and not args.overwrite:
         raise UsageError(f"{folder} holds a run already: give --resume, --overwrite, or another --run_dir")
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite exclude one another")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--run_dir {folder} is a file")
-    if not flags.writable(folder):
-        raise UsageError(f"--run_dir {folder} cannot be written")
 
 
 def check(args, state, fixed):
-    """Raise UsageError if flags exclude one another, or differ from the resumed run's: fixed ones, name -> default."""
-    if args.sigma_min >= args.sigma_max:
-        raise UsageError(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
+    """Raise UsageError if flags exclude one another, or if a fixed one (name -> default) differs on a resume."""
     if args.batch_size % (processes.WORLD * args.accumulate):
-        parts = f"{processes.WORLD} processes" + (f" in {args.accumulate} parts each" if args.accumulate > 1 else "")
-        raise UsageError(f"--batch_size {args.batch_size} cannot be shared out to {parts}")
+        shares = f"{processes.WORLD} processes" + (f" of --accumulate {args.accumulate}" if args.accumulate > 1 else "")
+        raise UsageError(f"--batch_size {args.batch_size} cannot be divided among {shares}")
     if state and args.batch_size != state["settings"]["batch_size"] and processes.MAIN:
-        print(f"note: the batches were of {state['settings']['batch_size']} images before", file=sys.stderr)
+        print(f"note: --batch_size was {state['settings']['batch_size']} before", file=sys.stderr)
     for name, default in fixed.items() if state else ():
-        saved = state["settings"].get(name, default)            # no such flag in an older version
-        none_yet = name == "dataset" and saved is None          # a student without a GAN that was not measured either
+        saved = state["settings"].get(name, default)            # an older version may not have had the flag
+        none_yet = name == "dataset" and saved is None          # a student that has needed no real images so far
         if getattr(args, name) != saved and not none_yet:
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
     if args.eval_every:
@@ -109,7 +107,7 @@ def check(args, state, fixed):
 
 @contextlib.contextmanager
 def restoring(path):
-    """Turns what does not fit into the networks and optimizers of today into a CheckpointError that names the file."""
+    """Context in which a state that does not fit the networks or optimizers becomes a CheckpointError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -119,8 +117,8 @@ def restoring(path):
         raise checkpoint.CheckpointError(f"the checkpoint at {path} does not fit this version: {reason}") from error
 
 
-def restore(args, state, parts):
-    """Load the parts, name -> what has a state_dict, from the checkpoint of a run that goes on; None: leave them."""
+def restore(args, state, stateful):
+    """Load what has a state_dict (name -> object) from the resumed run's checkpoint; nothing if state is None."""
     with restoring(args.run_dir):
-        for name, part in parts.items() if state else ():
-            part.load_state_dict(state[name])
+        for name, found in stateful.items() if state else ():
+            found.load_state_dict(state[name])

@@ -1,10 +1,10 @@
 """Run: what both training loops do around their step.
 
-    run = Run(args, state, device, parts, describe, sample, validation)
+    run = Run(args, state, device, stateful, describe, sample, validation)
     for step in run.steps():                        # until the last one, or a signal to stop
         ...                                         # the algorithm
-        run.count(loss=loss, grad_norm=grad_norm)   # this step is done; logs
-        run.keep(draw)                              # draws, saves and measures, as often as asked
+        run.count(loss=loss, grad_norm=grad_norm)   # counts the step and logs
+        run.keep(draw)                              # draws grids, saves and measures, as often as the flags ask
 """
 
 import math
@@ -14,17 +14,18 @@ import time
 import torch
 from tqdm import tqdm
 
-from support import checkpoint, hardware, processes, resume
+from support import checkpoint, hardware, processes, records, resume
 from support.errors import RunError
 from support.meter import Meter
 from support.run_folder import RunFolder
 from support.signals import StopSignal
 
-MINUTES_UNSEEN, MINUTES_UNSAVED = 1, 10             # at most, however long --sample_every and --save_every take
+# The first grid and each checkpoint come after so many minutes at most, whatever --sample_every and --save_every say.
+MINUTES_UNSEEN, MINUTES_UNSAVED = 1, 10
 
 
 class OutOfStepError(RunError):
-    """The processes of a run do not hold the same weights any more."""
+    """The processes of a run no longer hold the same weights."""
 
 
 class Run:
@@ -32,23 +33,22 @@ class Run:
 
     Args:
         args: the flags of flags.add_training.
-        state: the checkpoint that the run goes on from, or None.
-        parts: name -> what has a state_dict: what only a resume needs. The randomness and the place in the data follow
-            from the step.
-        describe: () -> dict of all else that a checkpoint holds: what sampling and distillation need.
-        sample: (z, labels, renoise) -> images of the averaged weights, as in sampling.sampler, for measurements.
+        state: the checkpoint to resume from, or None.
+        stateful: name -> object with a state_dict: all that only a resume needs. Randomness follows from the step.
+        describe: () -> dict of everything else in a checkpoint: what sampling and distillation need.
+        sample: (z, labels, renoise) -> images of the EMA, as in sampling.sampler, for measurements.
         validation: validation.Validation, or None.
 
     Attributes:
-        step: how many steps are done.
+        step: number of steps done.
     """
 
-    def __init__(self, args, state, device, parts, describe, sample, validation):
-        self.args, self.device, self.parts, self.describe = args, device, parts, describe
+    def __init__(self, args, state, device, stateful, describe, sample, validation):
+        self.args, self.device, self.stateful, self.describe = args, device, stateful, describe
         self.sample, self.validation = sample, validation
         self.step = state["step"] if state else 0
         self.meter = Meter(device, state and state["meter"])
-        self.timed_steps, self.seconds = 0, 0.0     # since the last log line; grids, saves and measurements left out
+        self.timed_steps, self.seconds = 0, 0.0     # since the last log line, without grids, saves and measurements
         self.best = (state or {}).get("best", dict(distance=math.inf, step=0))
         if validation and self.best.get("metric") != validation.metric:
             self.best = dict(distance=math.inf, step=0, metric=validation.metric)
@@ -56,14 +56,14 @@ class Run:
         self.path = self.folder.path
         self.stop, self.stopping = StopSignal(args.max_minutes), False
         self.saved, self.drawn, self.warned = time.monotonic(), state is not None, False
-        if state is None:                           # whether the disk takes it shows now, not after an hour
+        if state is None:                           # a disk that cannot take a checkpoint shows now, not in an hour
             self.save()
         self.folder.begin(self.step)
 
     def steps(self):
-        """The steps to take, by number. Raises SystemExit where a signal has stopped the run, which is saved."""
+        """The numbers of the steps to take. Raises SystemExit after a signal has stopped the run, which is saved."""
         if self.step and self.measures() and self.best.get("measured") != self.step:
-            self.measure()                          # the run was killed while it did
+            self.measure()                          # the run was killed during this measurement
         self.bar = tqdm(
             total=self.args.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not processes.MAIN
         )
@@ -76,16 +76,16 @@ class Run:
         how = "stopped; --resume goes on" if self.stopping else "done"
         file, grids = self.path / checkpoint.NAME, self.path / "grids"
         processes.main_only(print)(f"{how}: step {self.step} of {self.args.steps}, {file}, grids in {grids}")
-        processes.wait()                            # as the end of one would end another that still writes
+        processes.wait()                            # a process that ends would take down one that still writes
         if self.stopping and self.stop.exit_code():
             sys.exit(self.stop.exit_code())
 
     def every(self, n):
-        """Whether the steps done are a multiple of n, or all."""
+        """Whether the number of steps done is a multiple of n, or the last."""
         return self.step % n == 0 or self.step == self.args.steps
 
     def count(self, **values):
-        """One more step is done. Every --log_every steps logs the means of its tensors, and its floats as they are."""
+        """Count a step. Every --log_every steps, log the means of the tensors since, and the floats as they are."""
         self.meter.add(self.step, **{name: value for name, value in values.items() if torch.is_tensor(value)})
         self.step += 1
         self.bar.update()
@@ -108,39 +108,39 @@ class Run:
         self.folder.scalars(self.step, dict(means, **floats, **speed))
 
     def grid(self, name, rows, *panels):
-        """Write images [N, 3, 32, 32], a class per row, panels side by side, as grids/<step>_<name>.png."""
+        """Write images [N, 3, 32, 32], one class per row, panels side by side, as grids/<step>_<name>.png."""
         self.folder.grid(self.step, name, rows, *panels)
 
     def keep(self, draw):
         """Draw every --sample_every steps, save every --save_every, measure every --eval_every; all at the last step.
 
-        Draws and saves when the run is stopped, too, and where those steps take many minutes.
+        Also draws and saves when the run is stopped, and when such an interval takes many minutes.
 
         Args:
             draw: () -> None, which calls grid().
         """
         if self.stopping:
-            self.save()                             # before anything that takes time: the next signal will not wait
+            self.save()                             # first: a second signal ends the process at once
         unseen = not self.drawn and over(MINUTES_UNSEEN, self.first_step)
         if self.every(self.args.sample_every) or unseen or self.stopping:
             draw()
             self.drawn = True
         if self.every(self.args.save_every) or self.measures() or over(MINUTES_UNSAVED, self.saved):
-            self.save()                             # before a measurement, too: what ends that must not cost steps
-        if self.measures() and not self.stopping:   # a resume begins with it
+            self.save()                             # also before a measurement, whose failure must not cost steps
+        if self.measures() and not self.stopping:   # a resumed run starts with it
             self.measure()
 
     def save(self, name=checkpoint.NAME):
         """Write a checkpoint. Raises OutOfStepError if the processes' weights differ."""
-        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        modules = [found for found in self.stateful.values() if isinstance(found, torch.nn.Module)]
         if not processes.same(*modules):
             raise OutOfStepError("the processes hold different weights: stopped; the last checkpoint stands")
-        resumed_from = {part: value.state_dict() for part, value in self.parts.items()}
-        settings = resume.settings(self.args)
+        resumed_from = {key: found.state_dict() for key, found in self.stateful.items()}
+        commit = records.GIT and records.GIT["commit"]
         checkpoint.save(
             self.path / name,
-            dict(self.describe(), step=self.step, settings=settings, meter=self.meter.state(), best=self.best,
-                 **resumed_from),
+            dict(self.describe(), step=self.step, settings=resume.settings(self.args), commit=commit,
+                 meter=self.meter.state(), best=self.best, **resumed_from),
         )
         self.saved = time.monotonic()
 
@@ -150,7 +150,7 @@ class Run:
 
     @torch.no_grad()
     def measure(self):
-        """Log the metrics of the averaged weights' images; the checkpoint of the least distance becomes best.pt."""
+        """Log the metrics of the EMA's images; the checkpoint with the lowest distance becomes best.pt."""
         values = self.validation(self.sample)
         self.folder.scalars(self.step, values)
         distance = values[self.validation.key]
@@ -164,5 +164,5 @@ class Run:
 
 
 def over(minutes, since):
-    """Whether so many minutes have passed, by the clock of any process."""
+    """Whether so many minutes have passed since, by any process's clock."""
     return processes.any_process(time.monotonic() - since > 60 * minutes)

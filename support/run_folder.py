@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time writes it; its logs and grids."""
+"""The folder of a run: its logs and grids, and a lock, as only one process at a time may write it."""
 
 import contextlib
 import errno
@@ -14,23 +14,23 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 
-from support import checkpoint, processes
+from support import checkpoint, files, processes
 from support.errors import UsageError
 from support.pictures import class_grid, side_by_side
 
 
 class RunInUseError(UsageError):
-    """Another process writes to the run folder; the message names both."""
+    """Another process writes to the run folder; the message names that process."""
 
 
 class RunFolder:
-    """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png; of several processes one writes.
+    """Logs of one run: TensorBoard, log.jsonl (one line per reading) and grids/*.png. Only the main process writes.
 
     Args:
-        known: checkpoint.stamp() of the folder at the time when it was decided how to go on from it.
+        known: checkpoint.stamp() of the folder when its checkpoint was read.
 
     Raises:
-        RunInUseError: another process is at work on this folder, or was since.
+        RunInUseError: another process writes to this folder, or has written since.
         OSError: the folder cannot be made or written.
     """
 
@@ -39,7 +39,7 @@ class RunFolder:
         if not processes.MAIN:
             return
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / "lock", "a+")  # noqa: SIM115  held, and given back by the kernel if we are killed
+        self.lock = open(self.path / "lock", "a+")  # noqa: SIM115  stays open; the kernel releases it
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -47,46 +47,45 @@ class RunFolder:
                 self.lock.seek(0)
                 raise RunInUseError(f"{path} is being written by {self.lock.read().strip()}") from error
             print(f"note: no locks where {path} is ({error.strerror}): start no second run in it", file=sys.stderr)
-        if checkpoint.stamp(path) != known:                    # by a run that has ended while this one started
+        if checkpoint.stamp(path) != known:                    # a run has ended here while this one started
             raise RunInUseError(f"another process has saved to {path} just now: start again")
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
         self.lock.flush()
-        for name in (*checkpoint.NAMES, checkpoint.LOG):       # of a save that was killed
-            (self.path / f"{name}.tmp").unlink(missing_ok=True)
+        for name in (*checkpoint.NAMES, checkpoint.LOG):       # leftovers of a killed save
+            for file in self.path.glob(f"{name}.*tmp"):
+                file.unlink()
 
     @processes.main_only
     def begin(self, start_step):
         """Open the logs, once there is a checkpoint.
 
         Args:
-            start_step: of the checkpoint; what was logged later is taken back. At 0 nothing in the folder is this run's
-                own yet, so what a former run kept of itself goes.
+            start_step: step of the checkpoint; later log lines are dropped. At 0 the run is new, so all that a former
+                run has left in the folder is deleted.
         """
         self.start_step, self.log_path = start_step, self.path / checkpoint.LOG
         former = [checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG, "grids/*.png", "tensorboard/events.out.tfevents.*"]
         for file in (file for pattern in former for file in self.path.glob(pattern) if start_step == 0):
             file.unlink()
-        # A run killed between a save and now has logged steps that are about to be taken again: drop those.
+        # A killed run may have logged steps after its last save, which are about to be taken again: drop these lines.
         lines = []
         if self.log_path.exists():
             lines = [line for line in self.log_path.read_text().splitlines() if json_step(line) <= start_step]
-            temporary = self.path / f"{checkpoint.LOG}.tmp"
-            temporary.write_text("".join(line + "\n" for line in lines))
-            os.replace(temporary, self.log_path)
-        # What it measured after its last save is taken again: log that once.
+            files.write(self.log_path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+        # A measurement after its last save will be repeated: log it once.
         self.logged = [set(json.loads(line)) for line in lines if json_step(line) == start_step]
-        # TensorBoard's writer thread prints its failure and raises it again in the main thread: once is enough.
+        # TensorBoard's writer thread prints its failure and raises it again in the main thread: print it once.
         threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
-        # TensorBoard reads its files in the order of their names, which begin with the second they were made in: a run
-        # killed and resumed within one could come out reversed, and lose its last steps.
+        # TensorBoard reads its files in the order of their names, which begin with the second of their creation. Two
+        # files of one second could be read in reverse, which would hide steps: wait for the next second.
         while list(self.path.glob(f"tensorboard/*.tfevents.{int(time.time()):010d}.*")):
             time.sleep(0.05)
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
 
     @contextlib.contextmanager
     def writing(self):
-        """Names the folder where a write fails; a full disk does not say it."""
+        """Context that adds the folder's name to a failed write."""
         try:
             yield
         except OSError as error:
@@ -99,7 +98,7 @@ class RunFolder:
         with self.writing():
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
-            self.board.flush()                      # before the checkpoint of this step, or a kill would leave a gap
+            self.board.flush()                      # before this step's checkpoint, or a kill would leave a gap
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(dict(step=step, **values)) + "\n")
 
@@ -119,7 +118,7 @@ class RunFolder:
 
 
 def json_step(line):
-    """The step of a log line; infinite for a line cut short by a kill."""
+    """The step of a log line; infinity for a line that a kill cut short."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

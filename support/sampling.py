@@ -1,5 +1,5 @@
-"""Images of a checkpoint: image i is a function of (checkpoint, seed, i, its label), whatever the batch size or
-count, to rounding: libraries choose their kernels by the batch size.
+"""Images of a checkpoint. Image i depends on (checkpoint, seed, i, its label), not on the batch size or the number of
+images; up to rounding, as libraries choose their kernels by the batch size.
 
     sample = sampler(checkpoint.load("runs/dmd2"), device)
     images = generate(sample, seed=0, labels=labels, batch_size=100, device=device)       # uint8 [N, 3, 32, 32]
@@ -15,10 +15,10 @@ from support.randomness import image_noise
 
 
 def evaluations(state, num_steps, cfg):
-    """Network evaluations per image (NFE): a student's one per noise level, or the 2 n - 1 of n Heun steps.
+    """Network evaluations per image (NFE): of a student one per noise level, of a teacher 2 n - 1 for n Heun steps.
 
-    Where there is guidance (keyword arguments of diffusion.guided), those of the teacher without a class and those of
-    its guide count too.
+    With guidance (cfg: keyword arguments of diffusion.guided) the evaluations without a class and those of the guide
+    count too.
     """
     if state["kind"] == "student":
         return len(state["denoising_sigmas"])
@@ -35,16 +35,15 @@ def evaluations(state, num_steps, cfg):
 
 
 def sampler(state, device, num_steps=18, cfg=None, temperature=1.0, compile=False):
-    """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, by its averaged weights.
+    """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, with its EMA weights.
 
-    A student makes an image in the steps that it was trained for, one as a rule (renoise as in few_step_sample); a
-    teacher in num_steps steps of Heun's method, guided as the keyword arguments of diffusion.guided in cfg say.
-    Either begins at temperature * z.
+    A student takes the steps that it was trained for, usually one (renoise as in few_step_sample). A teacher takes
+    num_steps Heun steps, guided as cfg says (keyword arguments of diffusion.guided). Both begin at temperature * z.
     """
     net, cfg = networks.averaged(state, device), cfg or {}
     for network in filter(None, (net, cfg.get("guide"))):
         if compile:
-            network.compile(dynamic=False)          # a smaller last batch: a second graph, no slower one for all
+            network.compile(dynamic=False)          # a dynamic graph is slower: a smaller last batch gets its own
     if state["kind"] == "student":
         sigmas = state["denoising_sigmas"]
 
@@ -61,7 +60,7 @@ def sampler(state, device, num_steps=18, cfg=None, temperature=1.0, compile=Fals
 def generate(sample, seed, labels, batch_size, device, bar=False, walk=0.0):
     """The images of labels[0], labels[1], ...: uint8 [N, 3, 32, 32] on the CPU; walk as in image_noise.
 
-    Several processes make a batch each in turn and all get all images: the batches are those of one process.
+    Several processes take turns with the batches, which are the same as with one process; each returns all images.
     """
     images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
     progress = tqdm(total=len(labels), unit="image", disable=not (bar and processes.MAIN))
@@ -76,4 +75,4 @@ def generate(sample, seed, labels, batch_size, device, bar=False, walk=0.0):
         images[start : start + len(batch)] = to_uint8(sample(noise(0), batch.to(device), renoise=noise)).cpu()
         progress.update(min(processes.WORLD * len(batch), len(labels) - progress.n))
     progress.close()
-    return processes.sum_on_host(images)          # each was made once, and is zero elsewhere
+    return processes.sum_on_host(images)          # each image is zero in all processes but one

@@ -2,8 +2,8 @@
 
     images, labels = draw(1000, seed=0)      # uint8 [1000, 3, 32, 32], int64 [1000]
 
-Image i depends on (seed, n) alone, so another seed is another sample of the same distribution: fresh test images
-without end. Poses and colours vary little on purpose: a small network learns the dataset in minutes on a laptop.
+Image i depends on (seed, n) alone, so each new seed gives fresh test images of the same distribution. Poses and colours
+vary little on purpose: a small network learns the dataset in minutes on a laptop.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ FIGURES = {
     "bars": lambda x, y: (abs(x) < 0.85) & (abs(abs(y) - 0.5) < 0.22),
 }
 CLASSES = list(FIGURES)
-# Red, yellow, green, blue and white: as far apart as five can be, so that a colour between two is a fault one sees.
+# Red, yellow, green, blue and white: as far apart as five can be, so that a generated colour in between is visible.
 COLOURS = np.array([[230, 60, 60], [235, 220, 70], [90, 200, 80], [80, 120, 240], [235, 235, 235]], dtype=np.float32)
 BACKGROUND = np.array([20, 20, 28], dtype=np.float32)
 
@@ -54,7 +54,7 @@ def draw(n, seed):
     radius = rng.uniform(10.5, 11.5, n).astype(np.float32)                              # pixels
     centre = SIZE / 2 + rng.uniform(-1, 1, (2, n)).astype(np.float32)               # pixels
     angle = np.deg2rad(rng.uniform(-6, 6, n)).astype(np.float32)
-    mirror = rng.choice(np.array([-1, 1], dtype=np.float32), n)                     # flips keep the distribution
+    mirror = rng.choice(np.array([-1, 1], dtype=np.float32), n)                     # so a flip keeps the distribution
     colour = COLOURS[rng.integers(len(COLOURS), size=n)]                            # [n, 3]
 
     images = np.empty((n, 3, SIZE, SIZE), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What ends a run between two steps, saved: Ctrl-C, kill, a closed terminal, a batch system's warning, the clock."""
+"""Stop a run between two steps, saved: on Ctrl-C, kill, a closed terminal, a batch system's warning, a time limit."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 
 
 class StopSignal:
-    """Turns SIGNALS into a flag that the loop reads between two steps; a second one ends at once.
+    """Turns SIGNALS into a flag that the loop reads between two steps; a second signal ends the process at once.
 
-    To read it is to ask all processes: one that gets the signal stops them all, at the same step.
+    bool() of it is an all-reduce: a signal to one process stops all of them, at the same step.
     """
 
     def __init__(self, max_minutes=None):
@@ -20,15 +20,15 @@ class StopSignal:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for signum in SIGNALS:
-            if signal.getsignal(signum) != signal.SIG_IGN:      # nohup's wish
+            if signal.getsignal(signum) != signal.SIG_IGN:      # as nohup sets it
                 signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
-        if signum == signal.SIGHUP:                 # the bar must not end the run by writing to what is gone
+        if signum == signal.SIGHUP:                 # the terminal is gone: writing the bar to it would end the run
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for descriptor in self.terminals:
                 os.dup2(nowhere, descriptor)
-        # Ctrl-C under torchrun reaches a process twice, from the terminal and from torchrun: that is one.
+        # Ctrl-C under torchrun reaches a process twice, from the terminal and from torchrun: count that as one.
         if self.signum is not None and time.monotonic() - self.since > 1:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -40,5 +40,5 @@ class StopSignal:
         return processes.any_process(self.signum is not None or late)
 
     def exit_code(self):
-        """128 and the signal's number, as shells have it; 0 where the time was up."""
+        """128 plus the signal's number, as in shells; 0 if the time was up."""
         return 128 + self.signum if self.signum else 0

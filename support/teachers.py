@@ -1,4 +1,4 @@
-"""Teachers and their guides: which checkpoints the flags mean, and what is checked about them."""
+"""Teachers and their guides: which checkpoints the flags name, and what is checked about them."""
 
 import sys
 from pathlib import Path
@@ -11,19 +11,19 @@ from support.image_files import few
 
 
 def path(args, say=True):
-    """What --teacher means."""
+    """The checkpoint that --teacher names."""
     return checkpoint.or_shipped(args.teacher, "runs/teacher", "teacher.pt", say)
 
 
-def fitting(args):
-    """The name of the preset for the teacher of --teacher and the machine."""
+def choose_preset(args):
+    """The name of the student's preset for the teacher of --teacher and the machine."""
     state = checkpoint.load(path(args, say=False), kind="teacher")
-    preset = resume.fitting(args, figures=state["classes"] == shapes.CLASSES)
+    preset = resume.choose_preset(args, figures=state["classes"] == shapes.CLASSES)
     return "edm" if preset == "cifar10_gpu" and state["model_config"].get("network") == "EDMUNet" else preset
 
 
 def take_shape(args):
-    """Set --channels and --blocks of train0.py to those of the teacher of --init."""
+    """Set --channels and --blocks of train0.py to those of the teacher that --init names."""
     config = checkpoint.load(args.init, kind="teacher")["model_config"]
     network = config.get("network", "SimpleUNet")
     if network != "SimpleUNet":
@@ -36,10 +36,10 @@ def take_shape(args):
 
 
 def begin_from(path, net, classes):
-    """Give a fresh SimpleUNet the averaged weights of a teacher; of the classes, those that are called the same.
+    """Give a fresh SimpleUNet the EMA weights of a teacher; class embeddings go by the classes' names.
 
     Raises:
-        CheckpointError: there is no such teacher, or it has another network.
+        CheckpointError: there is no such teacher, or its network is another.
     """
     source = checkpoint.load(path, kind="teacher")
     known = [name for name in classes if name in source["classes"]]
@@ -55,11 +55,11 @@ def begin_from(path, net, classes):
 
 
 def begin_with_student(path, generator, classes, sigmas):
-    """Give a fresh generator the averaged weights of a student that began at the same noise levels.
+    """Give a fresh generator the EMA weights of a student with the same noise levels.
 
     Raises:
-        CheckpointError: there is no such student, or it has another network.
-        UsageError: it has other classes, or other noise levels.
+        CheckpointError: there is no such student, or its network is another.
+        UsageError: it has other classes or other noise levels.
     """
     source = checkpoint.load(path, kind="student")
     if source["classes"] != classes:
@@ -74,26 +74,24 @@ def begin_with_student(path, generator, classes, sigmas):
     processes.main_only(print)(f"begins with the student {checkpoint.find(path)}, step {source['step']}")
 
 
-def load(args, state):
-    """The teacher that train.py distils, checked against the flags: --teacher, or what a resumed run holds of it.
+def load(args, state, needing_images=()):
+    """The teacher that train.py distils, checked against the flags: --teacher, or the one that a resumed run holds.
 
     Args:
-        args: the flags of train.py.
-        state: the checkpoint that the run goes on from, or None.
+        args: the flags of train.py; what a preset asks for and this teacher cannot give is turned off in them.
+        state: the checkpoint to resume from, or None.
+        needing_images: names of flags that need the real images.
 
     Returns:
-        source: the teacher's loaded checkpoint, or the run's own.
-        teacher: its averaged network; of a resumed run one whose weights are still to be loaded.
+        source: the teacher's checkpoint, or the run's own.
+        teacher: its EMA network; of a resumed run with weights that are still to be loaded.
         guide: the weaker teacher of --autoguidance_scale likewise, or None.
 
     Raises:
         UsageError, CheckpointError: the flags ask for what this teacher or this run cannot do.
     """
     source = state or checkpoint.load(args.teacher, kind="teacher")
-    left_out = [] if state else leave_out(args, source)
-    for name in ("sigma_min", "sigma_max"):
-        if source[name] != getattr(args, name):
-            raise UsageError(f"the teacher was trained with --{name} {source[name]}: give the same")
+    left_out = [] if state else leave_out(args, source, needing_images)
     check_cfg(args, source)
     with resume.restoring(args.run_dir if state else args.teacher):
         teacher = networks.averaged(source)
@@ -101,8 +99,6 @@ def load(args, state):
     if state:
         if args.autoguidance_scale != 1 and guide is None:
             raise UsageError("--autoguidance_scale cannot begin in a resumed run: it was begun without a guide")
-        if (args.gen_cls_loss_weight > 0) != (source["settings"].get("gen_cls_loss_weight", 0) > 0):
-            raise UsageError("--gen_cls_loss_weight cannot turn the GAN on or off in a resumed run")
         if teacher_changed(args, state) and processes.MAIN:
             print(f"note: {args.teacher} is another teacher now; the run keeps the one it began with", file=sys.stderr)
         return source, teacher, guide
@@ -117,14 +113,14 @@ def load(args, state):
     return source, teacher, guide
 
 
-def leave_out(args, source):
-    """Turn off what a preset, not a flag, asks of this teacher and it cannot give; returns what to say of it."""
+def leave_out(args, source, needing_images):
+    """Turn off what a preset, not a flag, asks of this teacher and it cannot give; returns what to tell the user."""
     guide, said = guide_path(args, args.teacher), []
-    images = args.dataset or source.get("settings", {}).get("dataset")
+    named = args.dataset or source.get("settings", {}).get("dataset")
     for name, off, missing in (
         ("cfg_scale", 1.0, not source.get("label_dropout") and "it was trained without --label_dropout"),
         ("autoguidance_scale", 1.0, guide and not Path(guide).exists() and f"there is no {checkpoint.GUIDE} beside it"),
-        ("gan_steps", 0, not images and "it does not name its images (--dataset)"),
+        *((name, 0, not named and "it does not name its images (--dataset)") for name in needing_images),
     ):
         if missing and getattr(args, name) != off and name not in args.given:
             setattr(args, name, off)
@@ -133,7 +129,7 @@ def leave_out(args, source):
 
 
 def teacher_changed(args, state):
-    """Whether the checkpoint of --teacher is there and not the one that this run began with."""
+    """Whether --teacher names a checkpoint that exists and is not the one that this run began with."""
     try:
         now = checkpoint.load(args.teacher, kind="teacher")
     except checkpoint.CheckpointError:
@@ -142,9 +138,9 @@ def teacher_changed(args, state):
 
 
 def sampling_cfg(args, state, device):
-    """Keyword arguments of diffusion.guided for a checkpoint that is sampled, from the flags of add_cfg.
+    """Keyword arguments of diffusion.guided for the checkpoint to sample, from the flags of add_cfg.
 
-    Raises UsageError if these ask for nothing, or for what the checkpoint cannot do.
+    Raises UsageError if the flags would have no effect, or ask for what the checkpoint cannot do.
     """
     scales = dict(cfg_scale=args.cfg_scale, autoguidance_scale=args.autoguidance_scale)
     for name, scale in scales.items():
@@ -159,18 +155,18 @@ def sampling_cfg(args, state, device):
 
 
 def guide_path(args, teacher):
-    """Where the weaker teacher is that --autoguidance_scale asks for, or None where it asks for none."""
+    """The path of the weaker teacher for --autoguidance_scale, or None where that is 1."""
     if args.autoguidance_scale == 1:
         return None
     return args.guide or checkpoint.find(teacher).with_name(checkpoint.GUIDE)
 
 
 def load_guide(args, state, teacher, device):
-    """The network at guide_path, for the teacher at a path with this state; None where there is none.
+    """The network at guide_path, for the teacher at this path with this state; None where there is no guidance.
 
     Raises:
-        UsageError: it has other classes.
-        CheckpointError: there is no teacher.
+        UsageError: there is no guide, or it has other classes.
+        CheckpointError: it is not a teacher's checkpoint.
     """
     path = guide_path(args, teacher)
     if path is None:
@@ -185,7 +181,7 @@ def load_guide(args, state, teacher, device):
 
 
 def check_cfg(args, state):
-    """Raises UsageError if --cfg_scale or --cfg_interval ask for what the checkpoint's network cannot do."""
+    """Raise UsageError if --cfg_scale or --cfg_interval ask for what the checkpoint's network cannot do."""
     if args.cfg_interval and args.cfg_interval[0] >= args.cfg_interval[1]:
         raise UsageError("--cfg_interval {} {}: the first is not below the second".format(*args.cfg_interval))
     if args.cfg_scale != 1 and not state.get("label_dropout"):

@@ -7,12 +7,12 @@ import torch
 from support import processes, sampling
 from support.errors import UsageError
 
-NEIGHBOURS = 10_000                                 # real images that precision and recall look at
+NEIGHBOURS = 10_000                                 # images of each set that precision and recall use
 LEAST_IMAGES = 64
 
 
 def check_features(args):
-    """Raise UsageError if a file of add_features is not there: now, and not after a dataset was downloaded."""
+    """Raise UsageError if a file of add_features's flags is missing: now, not only after a dataset is downloaded."""
     for name in ("feature_extractor", "inception_weights"):
         given = getattr(args, name)
         if given and not os.path.isfile(given):
@@ -20,7 +20,7 @@ def check_features(args):
 
 
 def extractor(args, device):
-    """The feature network of the flags of add_features."""
+    """The feature network that the flags of add_features ask for."""
     # torch-fidelity is slow to import, and rarely needed.
     from support import metrics
 
@@ -30,14 +30,14 @@ def extractor(args, device):
 
 
 class Validation:
-    """Measures images as evaluate.py does: always of the same noise, as many of each class.
+    """Measures images as evaluate.py does: always from the same noise, equally many of each class.
 
-    Not the noise of evaluate.py at the same seed: a checkpoint chosen by its distance on some images must be measured
-    on others.
+    The noise is not that of evaluate.py at the same seed: a checkpoint that was chosen by its distance on some images
+    must be measured on others.
 
     Args:
         dataset: the real images.
-        num_images: generated ones per measurement; fewer than evaluate.py's least are for following one run only.
+        num_images: images generated per measurement; fewer than evaluate.py's minimum serve to follow one run only.
     """
 
     def __init__(self, dataset, extractor, num_images, seed, cache_dir, device):
@@ -51,8 +51,8 @@ class Validation:
         self.known = self.labels if extractor.classes == dataset.classes else None
         self.real = processes.main_only(metrics.reference)(dataset.images, extractor, cache_dir)
         self.distances = metrics.distances
-        self.key = f"{extractor.name.lower()}@{num_images}"     # of the distance by which checkpoints are compared
-        self.metric = f"{self.key} in {extractor.identity}"     # distances of another kind do not compare
+        self.key = f"{extractor.name.lower()}@{num_images}"     # the distance that chooses best.pt
+        self.metric = f"{self.key} in {extractor.identity}"     # only distances of one metric compare
 
     def __call__(self, sample):
         """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol over a pipe: nothing to install but the browser."""
+"""A headless Chromium, driven by the DevTools protocol over a pipe: needs nothing but the browser."""
 
 import json
 import os
@@ -7,16 +7,16 @@ import signal
 import time
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (                                           # it asks nobody for updates; root can have no sandbox
+FLAGS = (                                           # no requests for updates; as root no sandbox is possible
     "--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", *(["--no-sandbox"] * (os.getuid() == 0)),
 )
-KEYS = dict(Tab=9, Enter=13, PageUp=33, End=35, Home=36)        # Windows' codes, by which Chromium acts
-SECONDS = 120                                       # and no test waits for longer
+KEYS = dict(Tab=9, Enter=13, PageUp=33, End=35, Home=36)        # Windows key codes, which Chromium expects
+SECONDS = 120                                       # the longest that a test waits
 
 
 class Browser:
-    """One tab, as a context; its profile and its downloads go to a folder."""
+    """One tab, as a context manager; its profile and its downloads go to a folder."""
 
     def __init__(self, folder):
         self.folder, self.calls, self.session, self.received = folder, 0, {}, b""
@@ -36,7 +36,7 @@ class Browser:
         return self
 
     def __exit__(self, *error):
-        os.killpg(self.process, signal.SIGKILL)     # its renderers too
+        os.killpg(self.process, signal.SIGKILL)     # with its renderers
         os.waitpid(self.process, 0)
         os.close(self.commands)
         os.close(self.answers)
@@ -76,7 +76,7 @@ class Browser:
         self.wait("document.readyState === 'complete'")
 
     def click(self, node):
-        """Press the mouse in the middle of the element that a JavaScript expression means."""
+        """Press the mouse in the middle of the element that a JavaScript expression gives."""
         box = f"({node}).getBoundingClientRect()"
         x, y = self.value(f"[{box}.x + {box}.width / 2, {box}.y + {box}.height / 2]")
         for kind in ("mousePressed", "mouseReleased"):
@@ -90,7 +90,7 @@ class Browser:
                 self.send("Input.dispatchKeyEvent", key=key, windowsVirtualKeyCode=KEYS.get(key, 0), **how)
 
     def downloaded(self, name):
-        """The path of a file that the page gives, once it is there."""
+        """Wait until the page has downloaded a file of this name, and return its path."""
         for _ in range(100 * SECONDS):
             if (self.folder / name).exists():
                 return self.folder / name

@@ -1,25 +1,23 @@
-"""The mean of the weights of networks that went on from one and the same, as a checkpoint to sample from.
+"""A model soup: the average of the weights of several runs with a common start, as a checkpoint to sample from.
 
     python -m tools.average runs/a runs/b --out mean.pt
     python sample.py --checkpoint mean.pt
 
-Such networks may err apart, and their mean less than each (model soups: Wortsman et al. 2022, arXiv 2203.05482, section
-2). It is for students of one teacher, or runs of `--init`: weights of networks that began apart do not correspond.
+The average can be better than each of them (Wortsman et al. 2022, arXiv 2203.05482, section 2). It is for students of
+one teacher, or for runs with the same `--init`: the weights of networks with different starts do not correspond.
 """
-
-from pathlib import Path
 
 from support import checkpoint, errors, flags, networks, resume
 
-SAME = "kind", "classes", "model_config", "denoising_sigmas"    # of all that are averaged
+SAME = "kind", "classes", "model_config", "denoising_sigmas"    # must be equal in all that are averaged
 
 
 def mean(paths):
-    """The checkpoint of the mean of the averaged weights: the first's, without what only a resume needs.
+    """A checkpoint with the average of the checkpoints' EMA weights; all else is the first's. It cannot be resumed.
 
     Raises:
-        CheckpointError: one of them cannot be read, or its weights are not those of its network.
-        UsageError: they are not of one kind, network, list of classes and list of noise levels.
+        CheckpointError: one of them cannot be read, or its weights do not fit its network.
+        UsageError: they differ in kind, network, classes or noise levels.
     """
     first, total = None, {}
     for path in paths:
@@ -38,14 +36,10 @@ def mean(paths):
 def parse_args(argv=None):
     parser = flags.Parser(prog="python -m tools.average", description="Average the weights of several checkpoints.")
     parser.add_argument("checkpoints", type=flags.path, nargs="+", help="run folders or checkpoints, two or more")
-    parser.add_argument("--out", type=flags.path, required=True, help="the new file")
+    parser.add_argument("--out", type=flags.output(new=True), required=True, help="the new file")
     args = parser.parse_args(argv)
     if len(args.checkpoints) < 2:
         parser.error("name two checkpoints or more")
-    if Path(args.out).exists():                     # it may be a run
-        parser.error(f"{args.out} is there already: remove it, or name a new file")
-    if not Path(args.out).resolve().parent.is_dir() or not flags.writable(args.out):
-        parser.error(f"cannot write {args.out}: its folder is not there or not writable")
     return args
 
 

@@ -4,115 +4,122 @@
     python -m tools.benchmark --channels 32 --batch_size 64 --precision fp32
     python -m tools.benchmark --teacher edm-cifar10-32x32-cond-vp.pkl --batch_size 64
 
-The steps are those of train0.py and train.py by preset cifar10_gpu, taken out of their loops:
-    teacher_step     forward, backward, clipping, optimizer and EMA of train0.py
-    both_turns       of train.py, as in every dfake_gen_update_ratio-th step
-    guidance_turn    of train.py, as in the other steps
-    gan_turn         of train.py, as in its --gan_steps
-On CUDA each launched kernel by kernel, and recorded and replayed as one (support/recorded.py). Milliseconds a step: of
-the whole, of the host until all is launched, of the kernels alone; and how many launches the host makes.
+Each part is one training step, by preset cifar10_gpu: forward, backward, clipping, optimizer and EMA.
+    teacher_step     Denoising of train0.py
+    both_turns       DMD2 of train.py, in every dfake_gen_update_ratio-th step
+    guidance_turn    DMD2 of train.py, in the other steps
+    gan_turn         GAN of gan.py
+On CUDA each is timed twice: kernels launched one by one, and captured as a CUDA graph (support/recorded.py). It reports
+milliseconds per step of the whole, of the host until all is launched and of the kernels, and the number of launches.
 """
 
-import contextlib
-import io
+import copy
 import json
-import signal
 import statistics
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import presets
 import train
 import train0
-from support import errors, flags, hardware, records
+from gan import GAN, Discriminator
+from model import SimpleUNet
+from support import checkpoint, errors, flags, hardware, networks, records
+from support.ema import EMA
+from support.optimizers import Optimizer
 from support.randomness import StepRandom
 from support.recorded import WARM_UP, Recorded
+from unified_model import UnifiedModel
 
 PARTS = ("teacher_step", "both_turns", "guidance_turn", "gan_turn")
-KERNELS = 12                                        # so many of those that take longest are named, on CUDA
+KERNELS = 12                                        # on CUDA, the number of slowest kernels to name
 
 
 def parse_args(argv=None):
     parser = flags.Parser(description="Time the steps of training.")
     flags.add_common(parser, compile=None)
-    parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="of the first level, a multiple of 8")
+    parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="base width, a multiple of 8")
     parser.add_argument(
-        "--teacher", type=flags.path, help="distil this one, without guidance; default: one of --channels, with it"
+        "--teacher", type=flags.path, help="distil this one, unguided; default: one of --channels, guided"
     )
     parser.add_argument("--batch_size", type=flags.count, help="images per step; default: 512 on CUDA, else 64")
     parser.add_argument("--optimizer", choices=["adam", "muon"], default="muon", help="as in the training scripts")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which to time")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time")
     parser.add_argument("--repeats", type=flags.count, help="timed steps of each part; default: 20 on CUDA, else 3")
     parser.add_argument(
-        "--max_seconds", type=flags.positive, help="begin no further part after so many; default: no limit"
+        "--max_seconds", type=flags.positive, help="start no part after so many seconds; default: no limit"
     )
-    parser.add_argument("--out", type=flags.path, default="runs/benchmark.json", help="the JSON")
+    parser.add_argument("--out", type=flags.output(), default="runs/benchmark.json", help="the JSON")
     args = parser.parse_args(argv)
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is not a multiple of 8")
-    if Path(args.out).is_dir() or not flags.writable(args.out):
-        parser.error(f"cannot write --out {args.out}")
     return args
 
 
-class Taken(BaseException):
-    """Carries a training script's step, and the arguments of its first call, out of the loop."""
+def steps(args, device):
+    """Yields name, train_step and arguments of each part, of networks with random weights by preset cifar10_gpu.
 
-
-def take(script, argv):
-    """The step (rngs, *arguments) of a training script, and such arguments."""
-    def carry_out(step):
-        def first_call(rngs, *arguments):
-            raise Taken(step, arguments)
-        return first_call
-
-    with mock.patch.object(script, "recorded", lambda device, wanted: carry_out):
-        try:
-            script.main(argv)
-        except Taken as taken:
-            return taken.args
-        finally:                                    # no loop is there any more that would look at a signal to stop
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def steps(args, device, folder):
-    """Yields name, step and arguments of each part; those of train.py with --teacher, or one of three steps.
-
-    With --teacher there is no gan_turn, as the images that it learned from may not be here.
+    With --teacher the student's parts are of that network, without guidance, as not every teacher can be guided.
     """
-    common = ["--preset", "cifar10_gpu", "--seed", str(args.seed), "--device", str(device)]
-    common += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--optimizer", args.optimizer]
-    compiled = ["--compile" if args.compile else "--no-compile"]
-    network = ["--dataset", "shapes", "--channels", str(args.channels)]
+    n, bf16, fp16 = args.batch_size, hardware.uses_bf16(device, args.precision), args.precision == "fp16"
+    torch.manual_seed(args.seed)
+    net = SimpleUNet(args.channels)
+    if args.teacher:
+        net = networks.averaged(checkpoint.load(args.teacher, kind="teacher"))
+    for weight in net.parameters():                 # products with the zeros that a network starts with may be faster
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    teacher, student = presets.TEACHER["cifar10_gpu"], presets.STUDENT["cifar10_gpu"]
+    autocast = partial(hardware.autocast, device, args.precision)
+    num_classes = max(1, net.label_dim)
+    images, labels = torch.rand(n, 3, 32, 32, device=device) * 2 - 1, torch.arange(n, device=device) % num_classes
+
+    def optimizer(name, network, **how):
+        return Optimizer(name, {network: 1e-3}, bf16, fp16, **how)
+
     if "teacher_step" in args.parts and not args.teacher:
-        yield "teacher_step", *take(train0, [*common, *network, *compiled, "--run_dir", f"{folder}/taken"])
-    if set(args.parts) - {"teacher_step"}:
-        teacher = ["--teacher", f"{folder}/teacher"]            # no longer with the zeros that a network starts with
-        if args.teacher:
-            teacher = ["--teacher", args.teacher, "--cfg_scale", "1", "--autoguidance_scale", "1"]
-        else:
-            with contextlib.redirect_stdout(io.StringIO()):
-                few = ["--no-compile", "--steps", "3", "--batch_size", "8", "--warmup_steps", "0"]
-                train0.main([*common, *network, *few, "--run_dir", teacher[1]])
-        run = ["--fit_steps", "0", "--gan_steps", "0", "--run_dir", f"{folder}/student"]
-        step, (_, *others) = take(train, [*common, *compiled, *teacher, *run])
-        for name in ("both_turns", "guidance_turn"):
-            if name in args.parts:
-                yield name, step, (name == "both_turns", *others)
-        if "gan_turn" in args.parts and not args.teacher:
-            run = ["--fit_steps", "0", "--run_dir", f"{folder}/gan"]
-            gan = ["--warmup_steps", "0", "--steps", "1", "--gan_steps", "1"]
-            yield "gan_turn", *take(train, [*common, *compiled, *teacher, *run, *gan])
+        trained = copy.deepcopy(net).to(device, memory_format=torch.channels_last)
+        denoising = train0.Denoising(
+            trained, EMA(trained, 0.999), optimizer(args.optimizer, trained), teacher["p_mean"], teacher["p_std"],
+            teacher["label_dropout"], autocast=autocast,
+        )
+        if args.compile:
+            trained.compile()
+        yield "teacher_step", denoising.train_step, (images, labels, 1.0)
+    if set(args.parts) <= {"teacher_step"}:
+        return
+    cfg = {} if args.teacher else dict(cfg_scale=student["cfg_scale"], cfg_interval=student["cfg_interval"])
+    settings = ("min_step_percent", "max_step_percent", "fake_noise", "diffusion_gan_max_timestep")
+    model = UnifiedModel(
+        net, student["conditioning_sigma"], **cfg, **{name: student[name] for name in settings}
+    ).to(device, memory_format=torch.channels_last)
+    generator, guidance = model.feedforward_model, model.guidance_model
+    shared = dict(model=model, ema=EMA(generator, 0.99), start=0, steps=1, batch_size=n, num_classes=num_classes,
+                  autocast=autocast)
+    two_turns = train.DMD2(**shared, optimizers=dict(
+        generator=optimizer(args.optimizer, generator), guidance=optimizer(args.optimizer, guidance.fake_unet)))
+    if args.compile:                                # as in train.py
+        torch._dynamo.config.recompile_limit = 32
+        for network in (generator, guidance.fake_unet, guidance.real_unet):
+            network.compile(dynamic=False)
+    for name in ("both_turns", "guidance_turn"):
+        if name in args.parts:
+            yield name, two_turns.train_step, (name == "both_turns", 1, None, None, 1.0)
+    if "gan_turn" in args.parts:
+        discriminator = Discriminator(net.feature_channels, num_classes).to(device, memory_format=torch.channels_last)
+        gan = GAN(**shared, discriminator=discriminator, optimizers=dict(
+            generator=optimizer("adam", generator), discriminator=optimizer("adam", discriminator)))
+        yield "gan_turn", gan.train_step, (True, 1, images, labels, 1.0)
 
 
 def stepper(step, seed, device, arguments):
-    """i -> the step with the random numbers of step i, drawn as the loops do."""
+    """i -> the step, with the random numbers of step i of a run."""
     return lambda i: step([StepRandom(seed, i, device)], *arguments)
 
 
@@ -122,7 +129,7 @@ def wait(device):
 
 
 def time_step(call, device, repeats):
-    """Of call(i), which is warm: milliseconds of calls in a row, and those of the host in one alone."""
+    """Milliseconds per call of call(i), in a row (ms), and of the host in a single one (host_ms). It must be warm."""
     wait(device)
     start = time.perf_counter()
     for i in range(repeats):
@@ -138,7 +145,7 @@ def time_step(call, device, repeats):
 
 
 def profile_step(call, folder, repeats=3):
-    """Of call(i) on CUDA: milliseconds of the kernels, and the host's launches; and of each kernel, by its name."""
+    """Of call(i) on CUDA: a dict of kernel_ms and launches, and a dict of each kernel's milliseconds by its name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for i in range(repeats):
             call(i)
@@ -150,11 +157,7 @@ def profile_step(call, folder, repeats=3):
 
 
 def read_trace(trace):
-    """From a trace of torch.profiler: milliseconds of all kernels, copies and fills, and the launches of them; and each
-    kernel's milliseconds.
-
-    A graph counts as one launch, whatever it holds.
-    """
+    """From a trace of torch.profiler, the two dicts of profile_step; a CUDA graph counts as one launch."""
     kernels, calls = Counter(), Counter()
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -167,7 +170,7 @@ def read_trace(trace):
 
 
 def count_flops(call):
-    """Arithmetic of the networks in call(0), forward and backward, in FLOP; that of the optimizer is left out."""
+    """FLOP of the networks in call(0), forward and backward, without the optimizer's."""
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         call(0)
     outermost = [counts for name, counts in counter.get_flop_counts().items() if name != "Global" and "." not in name]
@@ -192,9 +195,9 @@ def main(argv=None):
     print(f"{'bf16' if bf16 else 'float32'} matrix product: {peak / 1e12:.3g} TFLOP/s")
     parts = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, step, arguments in steps(args, device, folder):
+        for name, step, arguments in steps(args, device):
             if args.max_seconds and time.perf_counter() - began > args.max_seconds:
-                print(f"{name}: left out, after {args.max_seconds:g} seconds")
+                print(f"{name}: skipped after {args.max_seconds:g} seconds")
                 continue
             modes = dict(launched=step, recorded=Recorded(step)) if cuda else dict(launched=step)
             flops = count_flops(stepper(step, args.seed, device, arguments))

@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 import diffusion
-from support import checkpoint, errors, flags, networks, records, resume
+from support import checkpoint, errors, files, flags, networks, resume
 from support.data import to_uint8
 from support.randomness import image_noise
 
@@ -163,19 +163,19 @@ def write_page(path, model, state, runtime):
     """A folder that any static server shows: the page, the model, and onnxruntime-web with its licences."""
     import onnxruntime
 
-    files = {"generator.onnx": model, **runtime}
-    about = dict(
-        classes=state["classes"], steps=len(state["denoising_sigmas"]), bytes={name: len(files[name]) for name in files}
-    )
-    files["generator.json"] = json.dumps(about).encode()
-    files |= {file.name: file.read_bytes() for file in PAGE.iterdir()}
+    contents = {"generator.onnx": model, **runtime}
+    sizes = {name: len(content) for name, content in contents.items()}
+    about = dict(classes=state["classes"], steps=len(state["denoising_sigmas"]), bytes=sizes)
+    contents["generator.json"] = json.dumps(about).encode()
+    contents |= {file.name: file.read_bytes() for file in PAGE.iterdir()}
     for name in ("LICENSE", "ThirdPartyNotices.txt"):
-        files[f"onnxruntime-{name}"] = (Path(onnxruntime.__file__).parent / name).read_bytes()
+        contents[f"onnxruntime-{name}"] = (Path(onnxruntime.__file__).parent / name).read_bytes()
     path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as temporary:
         folder = Path(temporary) / path.name
         folder.mkdir()
-        for name, content in files.items():
+        for name, content in contents.items():
             (folder / name).write_bytes(content)
         folder.rename(path)
 
@@ -187,9 +187,12 @@ def parse_args(argv=None):
     parser.add_argument(
         "--checkpoint", type=flags.path, default="runs/dmd2", help="run folder or checkpoint of a student"
     )
-    parser.add_argument("--out", type=flags.path, help="the ONNX file; default: generator.onnx, or none with --page")
     parser.add_argument(
-        "--page", type=flags.path, help="a new folder for a page that draws in the browser; default: none"
+        "--out", type=flags.output(), help="the ONNX file; default: generator.onnx, or none with --page"
+    )
+    parser.add_argument(
+        "--page", type=flags.output("folder", new=True),
+        help="a new folder for a page that draws in the browser; default: none",
     )
     parser.add_argument(
         "--half", action=argparse.BooleanOptionalAction, default=True,
@@ -202,13 +205,6 @@ def parse_args(argv=None):
     args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     if not args.out and not args.page:
         args.out = "generator.onnx"
-    for path in filter(None, (args.out, args.page)):
-        if not Path(path).resolve().parent.is_dir() or not flags.writable(path):
-            parser.error(f"cannot write {path}: its folder is not there or not writable")
-    if args.out and Path(args.out).is_dir():
-        parser.error(f"cannot write {args.out}: it is a folder")
-    if args.page and Path(args.page).exists():
-        parser.error(f"--page {args.page} is there already: remove it, or name a new folder")
     return args
 
 
@@ -228,7 +224,7 @@ def main(argv=None):
     model = to_onnx(generator, args.half, metadata).SerializeToString()
     check(model, generator)
     if args.out:
-        records.write(args.out, lambda file: file.write(model))
+        files.write(args.out, lambda file: file.write(model))
     if args.page:
         write_page(args.page, model, state, runtime)
     print(f"{', '.join(filter(None, (args.out, args.page)))}: {len(model) / 1e6:.1f} MB")

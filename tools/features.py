@@ -1,11 +1,11 @@
-"""A feature network of your own for evaluate.py, in place of Inception: a classifier of a dataset, by torch.export.
+"""Train a feature network for evaluate.py, in place of Inception: a classifier of a dataset, saved by torch.export.
 
     python -m tools.features --dataset shapes                         # half a minute on a CPU; into features.pt2
-    python -m tools.features --dataset cifar10 --out cifar10.pt2      # of photographs, eleven minutes
+    python -m tools.features --dataset cifar10 --out cifar10.pt2      # photographs: eleven minutes
     python evaluate.py --checkpoint runs/demo/dmd2 --feature_extractor features.pt2
 
-Distances in its features compare runs on this dataset with one another and mean nothing beside FID. For `shapes` it
-learns from fresh images, for other datasets from those that teacher and student learn from.
+Distances in its features compare runs on this dataset with one another; they do not compare with FID. For `shapes` it
+learns from fresh images, for other datasets from the images that teacher and student are trained on.
 """
 
 import math
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 
 
 def small_body():
-    """128 features: enough for flat figures."""
+    """128 features: enough for the figures of `shapes`."""
     def stage(c_in, c_out):                         # halves the resolution
         return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()
 
@@ -60,11 +60,11 @@ def conv_body():
 
 
 def noised(x, flip, rng):
-    return (x + 12 * torch.randn_like(x)).clamp(0, 255)         # of 255: what samples have too
+    return (x + 12 * torch.randn_like(x)).clamp(0, 255)         # 12 of 255: samples have noise too
 
 
 def shifted(x, flip, rng):
-    """Each image moved by up to 4 pixels, what it leaves filled by its mirror image; and mirrored itself."""
+    """Shift each image by up to 4 pixels, with reflection padding; with flip, also mirror half of them."""
     n, pixels = len(x), torch.arange(IMAGE_SIZE, device=x.device)
     rows, columns = (rng.integers(0, 8, n, 1) + pixels for _ in range(2))           # [B, 32] each
     padded = F.pad(x, (4, 4, 4, 4), mode="reflect").permute(0, 2, 3, 1)             # [B, 40, 40, 3]
@@ -73,8 +73,8 @@ def shifted(x, flip, rng):
     return data.random_flip(x, rng) if flip else x
 
 
-# The network, its training (factor: of the learning rate, when a fraction t of it is over), and how an image
-# [B, 3, 32, 32] in [0, 255] is varied. That of `shapes` takes float32: it made the numbers in results/.
+# The network, its training (factor: of the learning rate, at a fraction t of the steps), and vary, the augmentation of
+# images [B, 3, 32, 32] in [0, 255]. `shapes` takes float32, as for the numbers in results/.
 FIGURES = dict(
     body=small_body, width=128, epochs=3, batch_size=100, optimizer="adam", lr=1e-3, factor=lambda t: 1.0,
     label_smoothing=0.0, precision="fp32", vary=noised,
@@ -90,7 +90,7 @@ def train(net, dataset, recipe, args, device):
     forward = torch.compile(net) if args.compile else net
     precision = args.precision if recipe["precision"] == "auto" else recipe["precision"]
     optimizer = Optimizer(recipe["optimizer"], {net: recipe["lr"]}, hardware.uses_bf16(device, precision))
-    n = min(recipe["batch_size"], math.ceil(len(images) / 10))     # few images: the normalisation needs its steps too
+    n = min(recipe["batch_size"], math.ceil(len(images) / 10))     # few images: BatchNorm's averages need steps too
     steps = args.epochs * math.ceil(len(images) / n)
     rows = (rows for _ in range(args.epochs) for rows in torch.randperm(len(images)).to(device).split(n))
     for step, batch in enumerate(tqdm(rows, total=steps, unit="step")):
@@ -104,7 +104,7 @@ def train(net, dataset, recipe, args, device):
 
 
 def read(args, split):
-    """A split of the dataset; of `shapes` images that no other script has seen."""
+    """A split of the dataset; for `shapes`, images that no other script uses."""
     if args.dataset != "shapes":
         return data.load(args.dataset, args.data_dir, split)
     n, seed = (SHAPES_IMAGES, SHAPES_TRAIN) if split == "train" else (5000, SHAPES_TEST)
@@ -116,11 +116,9 @@ def parse_args(argv=None):
     parser = flags.Parser(description="Train and save a feature network for the images of a dataset.")
     flags.add_common(parser)
     flags.add_dataset(parser.add_argument_group("images to learn from"))
-    parser.add_argument("--epochs", type=flags.count, help="passes over them; default: 3 for shapes, 10 for others")
-    parser.add_argument("--out", type=flags.path, default="features.pt2", help="the network, for evaluate.py")
-    args = parser.parse_args(argv)
-    flags.check_file(parser, args.out)
-    return args
+    parser.add_argument("--epochs", type=flags.count, help="passes over the data; default: 3 for shapes, 10 for others")
+    parser.add_argument("--out", type=flags.output(), default="features.pt2", help="output file, for evaluate.py")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -139,7 +137,7 @@ def main(argv=None):
         test = read(args, "test")
         if test.classes != dataset.classes:
             raise data.DataError("the classes of its test images are others")
-    except data.DataError as error:                 # a folder need not have one
+    except data.DataError as error:                 # a folder may have no test split
         print(f"accuracy unknown: {error}")
         return
     _, logits = metrics.exported(args.out, device)(test.images)

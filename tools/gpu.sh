@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# What a quarter of an hour of one GPU is used for; nothing is downloaded.
+# Programs for a quarter of an hour of one GPU; nothing is downloaded.
 #
 #     tools/gpu.sh speed OUT                 # the benchmark: three minutes at most
-#     tools/gpu.sh tests OUT                 # the tests of devices: four minutes at most, as they compile
-#     tools/gpu.sh teacher OUT SECONDS DATA  # of the images in the folder DATA, DATA/<class>/<image>
-#     tools/gpu.sh student OUT SECONDS       # of that teacher
-#     tools/gpu.sh gan OUT SECONDS           # that student, and the GAN alone
-#     tools/gpu.sh keep OUT NAME             # teacher, guide, student or gan: its averaged weights, in pieces of 15 MB
+#     tools/gpu.sh tests OUT                 # tests/test_devices.py: four minutes at most, as it compiles
+#     tools/gpu.sh teacher OUT SECONDS DATA  # a teacher of the images in the folder DATA, DATA/<class>/<image>
+#     tools/gpu.sh student OUT SECONDS       # a student of that teacher
+#     tools/gpu.sh gan OUT SECONDS           # a GAN phase from that student
+#     tools/gpu.sh keep OUT NAME             # the EMA of teacher, guide, student or gan, in pieces of 15 MB
 #
-# The steps of teacher and student follow from what `speed` measured, so that each ends in its seconds, its cosine
-# whole. OUT gets logs, grids and weights (cat OUT/teacher.pt.* > teacher.pt); the runs themselves stay in runs/gpu.
-# From the environment: PYTHON (python3), PRESET (cifar10_gpu), FLAGS for the program that runs (none), and for student
-# and gan TEACHER and STUDENT, other files or folders (runs/gpu/teacher and runs/gpu/student); of a teacher that does
-# not name its images --dataset and --data_dir are then among the FLAGS.
+# The numbers of steps follow from what `speed` measured, so that each run ends within its seconds, with a whole cosine.
+# OUT gets logs, grids and weights (cat OUT/teacher.pt.* > teacher.pt); the runs themselves stay in runs/gpu.
+# Environment: PYTHON (python3), PRESET (cifar10_gpu), FLAGS of the program that runs (none), and for student and gan
+# TEACHER and STUDENT, other files or folders (runs/gpu/teacher and runs/gpu/student). If that teacher does not name its
+# images, FLAGS needs --dataset and --data_dir.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} PRESET=${PRESET:-cifar10_gpu} RUNS=runs/gpu
 TEACHER=${TEACHER:-$RUNS/teacher} STUDENT=${STUDENT:-$RUNS/student}
 mkdir -p "$2" "$RUNS"
-# What the benchmark compiles, training need not.
+# Training reuses what the benchmark has compiled.
 export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=10 TORCHINDUCTOR_CACHE_DIR="$PWD/$RUNS/inductor"
 
-# steps OUT SECONDS PART...: as many as fit, a minute set aside to begin and a tenth of the rest; the parts take turns.
+# steps OUT SECONDS PART...: how many steps fit if the parts alternate, less a minute to start and a tenth in reserve.
 steps() {
     "$PYTHON" - "$@" <<'PYTHON'
 import json, sys
@@ -58,12 +58,12 @@ teacher)
 student)                                            # whose presets train the generator in every other step
     n=$(steps "$2" "$3" both_turns guidance_turn)
     train train.py "$2" student "$3" "$n" --teacher "$TEACHER" --fit_steps $((n / 10)) \
-        --gan_steps $((n / 5)) --warmup_steps $((n / 35))
+        --gan_steps $((n / 5)) --warmup_steps $((n / 35)) --discriminator_warmup_steps $((n / 35))
     ;;
 gan)
     n=$(steps "$2" "$3" gan_turn)
     train train.py "$2" gan "$3" "$n" --teacher "$TEACHER" --init "$STUDENT" --fit_steps 0 --gan_steps "$n" \
-        --warmup_steps $((n / 6))
+        --discriminator_warmup_steps $((n / 6))
     ;;
 keep)
     declare -A files=([teacher]=teacher/checkpoint.pt [guide]=teacher/guide.pt [student]=student/checkpoint.pt

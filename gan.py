@@ -1,0 +1,132 @@
+"""The GAN phase: last, the generator trains against a discriminator of real and generated images, without the DM loss.
+
+    discriminator = Discriminator(teacher.feature_channels, num_classes)
+    gan = GAN(model, ema, start=6000, steps=1500, batch_size=64, discriminator=discriminator,
+              optimizers=dict(generator=Optimizer(...), discriminator=Optimizer(...)))
+    log = gan.step(i, rngs, x_real, real_labels)    # i = 0 .. 1499
+
+The discriminator sees what the frozen teacher makes of an image at every level, as in LADD (latent adversarial
+diffusion distillation, Sauer et al. 2024, arXiv 2403.12015, section 3). It is not the classifier head of guidance.py:
+that one sits on fake_unet, which changes with the generator, and trains beside the DM loss.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from guidance import fresh_random, frozen
+from model import group_norm
+from phases import Phase
+from support import data
+from support.meter import add_microbatch
+from support.optimizers import lr_factor
+from unified_model import random_inputs
+
+
+class FeatureHead(nn.Module):
+    """Features [B, C, H, W] of one level and classes [B] to a logit [B]."""
+
+    def __init__(self, channels, classes, width=128):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, channels, affine=False),            # the scale differs between levels and between sigmas
+            nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, width, 3, padding=1), group_norm(width), nn.LeakyReLU(0.2),
+        )
+        self.out = nn.Linear(width, 1)
+        self.label_embedding = nn.Embedding(classes, width)
+        nn.init.normal_(self.label_embedding.weight, std=0.05)
+
+    def forward(self, features, labels):
+        h = self.layers(features).float().mean((2, 3))                              # [B, width]
+        # D(h, y) = w h + b + v_y h (projection discriminator, Miyato & Koyama 2018, arXiv 1802.05637, equation 3)
+        return self.out(h).flatten() + (self.label_embedding(labels) * h).sum(1)
+
+
+class Discriminator(nn.Module):
+    """The teacher's features of L levels and classes [B] to logits [B, L], one head a level; high for real images."""
+
+    def __init__(self, feature_channels, classes):
+        super().__init__()
+        self.heads = nn.ModuleList(FeatureHead(channels, classes) for channels in feature_channels)
+
+    def forward(self, features, labels):
+        return torch.stack([head(level, labels) for head, level in zip(self.heads, features, strict=True)], 1)
+
+
+def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labels, rng=None):
+    """The losses of generator and discriminator on the same images (hinge loss, arXiv 1705.02894, section 3).
+
+    Args:
+        guidance: a GuidanceModel: its real_unet gives the features, its diffusion_gan_noise the noised images.
+        discriminator: a Discriminator of these features.
+        x_gen: generated images, float [B, 3, 32, 32], with a gradient to the generator.
+        labels: the classes they were generated for, [B].
+        x_real, real_labels: images of the dataset, float [B, 3, 32, 32] in [-1, 1], and their own classes, [B].
+        rng: StepRandom; None: one seeded by torch's global generator.
+
+    Returns:
+        a dict of two scalars: loss_gan, which gives gradients to the generator alone, and loss_discriminator, which
+        gives them to the discriminator alone; and a dict with logit_fake and logit_real, 0-d means.
+    """
+    rng = rng or fresh_random(x_gen.device)
+    fake = guidance.real_unet(*guidance.diffusion_gan_noise(x_gen, rng), labels, return_features=True)
+    with torch.no_grad():
+        real = guidance.real_unet(*guidance.diffusion_gan_noise(x_real, rng), real_labels, return_features=True)
+    with frozen(discriminator):
+        # L_gan = -mean(D(x_gen + sigma_t eps))
+        loss_gan = -discriminator(fake, labels).mean()
+    fake = discriminator([level.detach() for level in fake], labels)                # [B, L]
+    real = discriminator(real, real_labels)                                         # [B, L]
+    # L_discriminator = mean(max(0, 1 + D(x_gen + sigma_t eps))) + mean(max(0, 1 - D(x_real + sigma_t eps)))
+    # Hinge each head by itself: a hinge on the mean of the heads saturates once one head is confident.
+    loss_discriminator = F.relu(1 + fake).mean() + F.relu(1 - real).mean()
+    losses = dict(loss_gan=loss_gan, loss_discriminator=loss_discriminator)
+    return losses, dict(logit_fake=fake.detach().mean(), logit_real=real.detach().mean())
+
+
+@dataclass
+class GAN(Phase):
+    """The steps of the GAN phase; optimizers: generator, discriminator.
+
+    At its end the EMA holds the plain average of the generator's weights over the phase.
+    """
+
+    discriminator: Discriminator = None             # of the teacher's features
+    discriminator_warmup_steps: int = 100           # first steps, in which only the discriminator trains
+    needs_images = True
+
+    def step(self, i, rngs, x_real, real_labels):
+        if i == 0:                                  # GAN iterates oscillate: the student is their average (SWA)
+            self.ema.begin_mean()
+        trains_generator = i >= self.discriminator_warmup_steps
+        j = max(0, i - self.discriminator_warmup_steps)
+        factor = lr_factor(j, self.steps - self.discriminator_warmup_steps, self.warmup_steps, self.lr_schedule)
+        num_steps = 1 + rngs[0].choice(self.num_denoising_steps)
+        return self.train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor)
+
+    def train_step(self, rngs, trains_generator, num_steps, x_real, real_labels, factor):
+        log, k, optimizers = {}, len(rngs), self.optimizers
+        optimizers["generator"].zero_grad()
+        optimizers["discriminator"].zero_grad()
+        for rng, x_real_k, real_labels_k in zip(rngs, x_real.chunk(k), real_labels.chunk(k), strict=True):
+            z, labels = random_inputs(self.batch_size, self.num_classes, rng)       # [B, 3, 32, 32], [B]
+            with torch.set_grad_enabled(trains_generator), self.autocast():
+                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, 32, 32]
+            real = data.random_flip(x_real_k, rng) if self.flip else x_real_k, real_labels_k
+            with self.autocast():
+                losses, logits = compute_gan_losses(self.guidance, self.discriminator, x_gen, labels, *real, rng)
+            if trains_generator:
+                optimizers["generator"].backward(losses["loss_gan"] / k)
+            optimizers["discriminator"].backward(losses["loss_discriminator"] / k)
+            add_microbatch(log, k, **losses, **logits)
+
+        if trains_generator:
+            log["generator_grad_norm"] = optimizers["generator"].clip(self.max_grad_norm)
+            optimizers["generator"].step(factor)
+            self.ema.update_parameters(self.generator, mean=True)
+        log["discriminator_grad_norm"] = optimizers["discriminator"].clip(self.max_grad_norm)
+        optimizers["discriminator"].step()          # at a constant rate, to keep up with the generator to the end
+        return log

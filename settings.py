@@ -1,0 +1,134 @@
+"""The settings of a training: the flags of train0.py and train.py, and what is checked about them.
+
+    args, state = settings.parse_teacher(argv)      # state: the checkpoint to resume from, or None
+    args, state = settings.parse_student(argv)
+
+Named sets of defaults: presets.py. The flags that other scripts have too: support/flags.py.
+"""
+
+import diffusion
+import presets
+from support import flags, resume, teachers
+
+# What a resumed run cannot change: two steps can follow one another only if these stay as they were.
+TEACHER_FIXED = ("dataset", "channels", "blocks", "seed", "optimizer")
+STUDENT_FIXED = ("teacher", "guide", "dataset", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
+                 "fit_steps", "gan_steps")
+
+
+def parse_teacher(argv=None):
+    """The flags of train0.py, and the checkpoint to resume from or None."""
+    parser = flags.Parser(description="Train the diffusion teacher.")
+    flags.add_dataset(parser)
+    add = flags.add_training(
+        parser, presets.TEACHER, run_dir="runs/teacher", steps=50_000, batch_size=256, sample_every=2500,
+        save_every=1000,
+    ).add_argument
+    parser.set_defaults(lr_schedule="cosine")
+    add("--lr", type=flags.rate, default=1e-3, help="peak learning rate")
+    add("--ema_decay", type=flags.number(float, 0, 1), default=0.9995, help="per step; its upper limit")
+    add("--p_mean", type=flags.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
+    add("--p_std", type=flags.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
+    schedule = "of the Karras schedule; images span [-1, 1]"
+    add("--sigma_min", type=flags.noise, default=diffusion.SIGMA_MIN, help=f"lowest noise {schedule}")
+    add("--sigma_max", type=flags.noise, default=diffusion.SIGMA_MAX, help=f"highest noise {schedule}")
+    add = parser.add_argument_group("the network").add_argument
+    add("--channels", type=flags.number(int, 8), default=64, help="base width, a multiple of 8")
+    add("--blocks", type=flags.count, default=1, help="residual blocks per level")
+    add("--init", type=flags.path, help="a teacher to start from; classes that it does not know start at random; "
+        "default: none")
+    add = parser.add_argument_group("what guidance will need").add_argument
+    add("--label_dropout", type=flags.fraction, default=0.0, help="fraction of the images shown without their class")
+    add("--guide_at", type=flags.fraction, default=0.3333,
+        help="fraction of the steps after which the EMA is kept as guide.pt, for autoguidance, once in a run; 0: never")
+    flags.add_measuring(parser)
+    args, state = resume.parse(parser, "teacher", presets.TEACHER, choose_teacher_preset, argv, TEACHER_FIXED)
+    if args.init and not state:
+        teachers.take_shape(args)
+    if args.channels % 8:
+        parser.error(f"--channels {args.channels} is not a multiple of 8")
+    if args.sigma_min >= args.sigma_max:
+        parser.error(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
+    return args, state
+
+
+def choose_teacher_preset(args):
+    """The name of the teacher's preset for its images and the machine."""
+    return resume.choose_preset(args, figures=args.dataset == "shapes")
+
+
+def parse_student(argv=None):
+    """The flags of train.py, and the checkpoint to resume from or None."""
+    parser = flags.Parser(description="Distil the teacher into a one-step generator.")
+    parser.add_argument(
+        "--teacher", type=flags.path, default="runs/teacher", help="run folder or checkpoint, or a .pkl of EDM's"
+    )
+    add = flags.add_training(
+        parser, presets.STUDENT, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000
+    ).add_argument
+    add("--generator_lr", type=flags.rate, default=1e-4, help="learning rate of feedforward_model")
+    add("--guidance_lr", type=flags.rate, default=2e-4, help="learning rate of fake_unet")
+    add("--ema_decay", type=flags.fraction, default=0.999, help="of the generator, per generator turn; its upper limit")
+    add = parser.add_argument_group("the generator").add_argument
+    add("--init", type=flags.path, help="a student to start from; default: the teacher's weights")
+    add("--conditioning_sigma", type=flags.noise, default=80.0, help="noise level that the generator starts from")
+    add("--num_denoising_steps", type=flags.number(int, 1, 100), default=1, help="evaluations per image of the student")
+    add("--dfake_gen_update_ratio", type=flags.count, default=10, help="guidance turns per generator turn")
+    add = parser.add_argument_group("the fit, the first phase: regression on the teacher's ODE pairs").add_argument
+    add("--fit_steps", type=flags.natural, default=0, help="steps of this phase; 0: none")
+    add("--ode_pairs", type=flags.count, default=2048, help="pairs of noise and the image that the teacher makes of it")
+    add = parser.add_argument_group("the distribution matching (DM) loss").add_argument
+    noise = "noise of the DM loss, as a fraction of the 1000 Karras steps"
+    add("--min_step_percent", type=flags.fraction, default=0.02, help=f"lowest {noise}")
+    add("--max_step_percent", type=flags.fraction, default=0.98, help=f"highest {noise}")
+    add("--fake_noise", choices=["all", "dm"], default="all",
+        help="noise that fake_unet learns: all 1000 steps, as in the paper, or only the range of the DM loss")
+    flags.add_cfg(parser.add_argument_group("guidance of the teacher"), "real_unet")
+    add = parser.add_argument_group("the classifier head on fake_unet, which trains beside the DM loss").add_argument
+    add("--gen_cls_loss_weight", type=flags.weight, default=0.0,
+        help="weight of its loss in the generator turn, 3e-3 in the paper; 0: no head, and no real images needed")
+    add("--cls_loss_weight", type=flags.weight, default=1e-2, help="weight of its loss in the guidance turn")
+    add("--cls_head_lr", type=flags.rate, help="its learning rate; default: guidance_lr")
+    add = parser.add_argument_group("the GAN, the last phase: a discriminator on the teacher's features").add_argument
+    add("--gan_steps", type=flags.natural, default=0,
+        help="steps of this phase, over which the student's weights are averaged; 0: none")
+    add("--discriminator_warmup_steps", type=flags.natural, default=100,
+        help="first steps of this phase, in which only the discriminator trains")
+    add("--gan_lr", type=flags.rate, default=3e-5, help="learning rate of feedforward_model in this phase")
+    add("--discriminator_lr", type=flags.rate, default=1e-3, help="learning rate of the discriminator")
+    real = parser.add_argument_group("real images for both, by default those that the teacher was trained on")
+    real.add_argument(
+        "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
+        help="real and generated images are compared at a random noise below this step of 1000; 0: without noise",
+    )
+    flags.add_dataset(real, dataset=None, data_dir=None)
+    flags.add_measuring(parser)
+    args, state = resume.parse(parser, "student", presets.STUDENT, teachers.choose_preset, argv, STUDENT_FIXED)
+    check_student(args, state, parser.error)
+    if state is None:
+        args.teacher = teachers.path(args)
+    return args, state
+
+
+def check_student(args, state, refuse):
+    """Refuse flags that exclude one another, or that this resumed run cannot change."""
+    if args.guide and args.autoguidance_scale == 1 and state is None:
+        refuse("--guide needs an --autoguidance_scale other than 1")
+    if args.gen_cls_loss_weight and not args.cls_loss_weight:
+        refuse("--cls_loss_weight 0 would leave the classifier head at its random start")
+    if args.min_step_percent > args.max_step_percent:
+        refuse(f"--min_step_percent {args.min_step_percent} is above --max_step_percent {args.max_step_percent}")
+    if args.fit_steps + args.gan_steps > args.steps:
+        phases = f"--fit_steps {args.fit_steps} and --gan_steps {args.gan_steps}"
+        refuse(f"{phases} are more than --steps {args.steps}, which counts all phases")
+    if 0 < args.gan_steps <= args.discriminator_warmup_steps:
+        warmup = f"--discriminator_warmup_steps {args.discriminator_warmup_steps}"
+        refuse(f"--gan_steps {args.gan_steps} leave the generator no step after {warmup}")
+    before = state["settings"] if state else vars(args)
+    if (args.gen_cls_loss_weight > 0) != (before["gen_cls_loss_weight"] > 0):
+        refuse("--gen_cls_loss_weight cannot add or remove the classifier head in a resumed run")
+    if args.gan_steps and args.steps != before["steps"]:
+        gan_start = min(args.steps, before["steps"]) - args.gan_steps
+        if state["step"] > gan_start:               # the phase's warm-up and average begin with its first step
+            refuse(f"--steps {args.steps}: with --gan_steps {args.gan_steps} the GAN phase would begin anew or in its "
+                   "middle; start a new run from this student instead, with --init")
