@@ -22,7 +22,6 @@ from phases import Phase
 from support import data
 from support.meter import add_microbatch
 from support.optimizers import lr_factor
-from unified_model import random_inputs
 
 
 class FeatureHead(nn.Module):
@@ -112,7 +111,7 @@ class GAN(Phase):
         optimizers["generator"].zero_grad()
         optimizers["discriminator"].zero_grad()
         for rng, x_real_k, real_labels_k in zip(rngs, x_real.chunk(k), real_labels.chunk(k), strict=True):
-            z, labels = random_inputs(self.batch_size, self.num_classes, rng)       # [B, 3, 32, 32], [B]
+            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, 32, 32], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
                 x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, 32, 32]
             real = data.random_flip(x_real_k, rng) if self.flip else x_real_k, real_labels_k

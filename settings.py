@@ -57,20 +57,15 @@ def choose_teacher_preset(args):
     return resume.choose_preset(args, figures=args.dataset == "shapes")
 
 
-def parse_student(argv=None):
-    """The flags of train.py, and the checkpoint to resume from or None."""
-    parser = flags.Parser(description="Distil the teacher into a one-step generator.")
-    parser.add_argument(
-        "--teacher", type=flags.path, default="runs/teacher", help="run folder or checkpoint, or a .pkl of EDM's"
-    )
-    add = flags.add_training(
-        parser, presets.STUDENT, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000
-    ).add_argument
+def add_method(parser, add):
+    """Flags of DMD2 and of the phases around it. add: add_argument of the group about learning.
+
+    Returns the group of the real images, for a script to add its own.
+    """
     add("--generator_lr", type=flags.rate, default=1e-4, help="learning rate of feedforward_model")
     add("--guidance_lr", type=flags.rate, default=2e-4, help="learning rate of fake_unet")
     add("--ema_decay", type=flags.fraction, default=0.999, help="of the generator, per generator turn; its upper limit")
     add = parser.add_argument_group("the generator").add_argument
-    add("--init", type=flags.path, help="a student to start from; default: the teacher's weights")
     add("--conditioning_sigma", type=flags.noise, default=80.0, help="noise level that the generator starts from")
     add("--num_denoising_steps", type=flags.number(int, 1, 100), default=1, help="evaluations per image of the student")
     add("--dfake_gen_update_ratio", type=flags.count, default=10, help="guidance turns per generator turn")
@@ -101,6 +96,20 @@ def parse_student(argv=None):
         "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
         help="real and generated images are compared at a random noise below this step of 1000; 0: without noise",
     )
+    return real
+
+
+def parse_student(argv=None):
+    """The flags of train.py, and the checkpoint to resume from or None."""
+    parser = flags.Parser(description="Distil the teacher into a one-step generator.")
+    parser.add_argument(
+        "--teacher", type=flags.path, default="runs/teacher", help="run folder or checkpoint, or a .pkl of EDM's"
+    )
+    add = flags.add_training(
+        parser, presets.STUDENT, run_dir="runs/dmd2", steps=50_000, batch_size=256, sample_every=1000, save_every=1000
+    ).add_argument
+    add("--init", type=flags.path, help="a student to start from; default: the teacher's weights")
+    real = add_method(parser, add)
     flags.add_dataset(real, dataset=None, data_dir=None)
     flags.add_measuring(parser)
     args, state = resume.parse(parser, "student", presets.STUDENT, teachers.choose_preset, argv, STUDENT_FIXED)

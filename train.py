@@ -32,7 +32,7 @@ from support.pairs import Pairs
 from support.randomness import StepRandom
 from support.recorded import recorded
 from support.run import Run
-from unified_model import UnifiedModel, random_inputs
+from unified_model import UnifiedModel
 
 
 @dataclass
@@ -61,7 +61,7 @@ class DMD2(Phase):
         # --- generator turn ------------------------------------------------------------------------------------------
         optimizers["generator"].zero_grad()
         for rng in rngs:
-            z, labels = random_inputs(self.batch_size, self.num_classes, rng)       # [B, 3, 32, 32], [B]
+            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, 32, 32], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
                 x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, 32, 32]
             generated.append((x_gen.detach(), labels))
@@ -92,8 +92,8 @@ class DMD2(Phase):
         return log
 
 
-def make_phases(args, model, discriminator, ema, num_classes, device):
-    """The phases of this run, in their order."""
+def make_phases(args, model, discriminator, ema, pairs, num_classes, device):
+    """The phases of this run, in their order; discriminator and pairs are None where there is no GAN and no fit."""
     generator, guidance = model.feedforward_model, model.guidance_model
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
     generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16, fp16)
@@ -109,11 +109,6 @@ def make_phases(args, model, discriminator, ema, num_classes, device):
     )
     phases, gan_start = [], args.steps - args.gan_steps
     if args.fit_steps:
-        def sample(z, labels, renoise):             # in half of sample.py's steps: a regression needs no more
-            with shared["autocast"]():
-                return guidance.sample_teacher(z, labels, num_steps=9)
-
-        pairs = Pairs(sample, args.ode_pairs, num_classes, args.batch_size, args.seed, device, mirrored=args.flip)
         phases.append(Fit(
             **shared, start=0, steps=args.fit_steps, lr_schedule="cosine", pairs=pairs,
             optimizers=dict(generator=generator_optimizer),     # which the two turns go on with
@@ -133,6 +128,15 @@ def make_phases(args, model, discriminator, ema, num_classes, device):
                             discriminator=adam({discriminator: args.discriminator_lr})),
         ))
     return phases
+
+
+def ode_pairs(args, model, num_classes, device):
+    """Noise and the guided teacher's images of it, in half of sample.py's steps: a regression needs no more."""
+    def sample(z, labels, renoise):
+        with hardware.autocast(device, args.precision):
+            return model.guidance_model.sample_teacher(z, labels, num_steps=9)
+
+    return Pairs(sample, args.ode_pairs, num_classes, args.batch_size, args.seed, device, mirrored=args.flip)
 
 
 def grids(args, run, model, sample, num_classes, device):
@@ -182,7 +186,8 @@ def main(argv=None):
     if args.init and not state:
         teachers.begin_with_student(args.init, generator, source["classes"], model.denoising_sigmas)
     ema = EMA(generator, args.ema_decay)
-    phases = make_phases(args, model, discriminator, ema, num_classes, device)
+    pairs = ode_pairs(args, model, num_classes, device) if args.fit_steps else None
+    phases = make_phases(args, model, discriminator, ema, pairs, num_classes, device)
 
     # `model` holds the teacher and its guide too, so that a run stands on its own.
     stateful = dict(model=model, ema=ema, **{type(phase).__name__.lower(): phase for phase in phases})

@@ -1,7 +1,7 @@
 """UnifiedModel: the generator and its guidance, and the two turns of DMD2.
 
     model = UnifiedModel(teacher, conditioning_sigma=80.0)
-    z, labels = random_inputs(batch_size, num_classes, rng)
+    z, labels = model.random_inputs(batch_size, num_classes, rng)
     x_gen = model.generate(z, labels, rng)
     losses, log = model.generator_turn(x_gen, labels, rng)        # every dfake_gen_update_ratio steps
     losses, log = model.guidance_turn(x_gen, labels, rng)         # every step
@@ -16,12 +16,6 @@ from diffusion import SIGMA_MAX, SIGMA_MIN, denoising_sigmas, few_step_sample
 from guidance import GuidanceModel, fresh_random
 
 
-def random_inputs(n, num_classes, rng):
-    """What the generator starts from: z ~ N(0, I), float [n, 3, 32, 32], and classes y, uniform, [n]."""
-    z = rng.normal(n, 3, 32, 32).to(memory_format=torch.channels_last)
-    return z, rng.integers(0, num_classes - 1, n)
-
-
 class UnifiedModel(nn.Module):
     """feedforward_model, a generator that starts as a copy of the teacher, and guidance_model.
 
@@ -30,16 +24,23 @@ class UnifiedModel(nn.Module):
         conditioning_sigma: noise level sigma_cond that the generator starts from.
         num_denoising_steps: evaluations per image, at the levels of diffusion.denoising_sigmas.
         sigma_min: lowest noise of the Karras schedule.
+        shape: of one image.
         guidance: further arguments of GuidanceModel.
     """
 
     def __init__(
-        self, teacher, conditioning_sigma=SIGMA_MAX, num_denoising_steps=1, sigma_min=SIGMA_MIN, **guidance
+        self, teacher, conditioning_sigma=SIGMA_MAX, num_denoising_steps=1, sigma_min=SIGMA_MIN, shape=(3, 32, 32),
+        **guidance,
     ):
         super().__init__()
+        self.shape = shape
         self.denoising_sigmas = denoising_sigmas(conditioning_sigma, num_denoising_steps, sigma_min)
         self.feedforward_model = copy.deepcopy(teacher).train().requires_grad_(True)
         self.guidance_model = GuidanceModel(teacher, sigma_min=sigma_min, **guidance)
+
+    def random_inputs(self, n, num_classes, rng):
+        """What the generator starts from: z ~ N(0, I), float [n, 3, 32, 32], and classes y, uniform, [n]."""
+        return rng.normal(n, *self.shape).to(memory_format=torch.channels_last), rng.integers(0, num_classes - 1, n)
 
     def generate(self, z, labels, rng=None, num_steps=None):
         """Generated images to train on; z and the result are [B, 3, 32, 32], labels [B].

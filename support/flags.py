@@ -155,6 +155,11 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
         "--record", action=argparse.BooleanOptionalAction, default=True,
         help="with --compile on one GPU: capture a step as a CUDA graph and replay it",
     )
+    return add_learning(parser, batch_size)
+
+
+def add_learning(parser, batch_size):
+    """Flags of what trains networks. Returns their group, for a script to add its own."""
     learning = parser.add_argument_group("how the networks learn")
     learning.add_argument("--batch_size", type=count, default=batch_size, help="images per step")
     learning.add_argument(
