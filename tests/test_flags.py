@@ -1,16 +1,17 @@
-"""Every flag of every script, given what it should not be: exit code 2, one line and nothing written, or a working run.
+"""Every flag of every script, given what it should not be: refused in one line that names it, or a working run.
 
-In the suite what is accepted is run for one value a flag, of the three scripts that take moments. All of it (`make
-stress`): DMD2_RUNS_PER_FLAG=1000 pytest tests/test_flags.py
+A refusal is exit code 2 with nothing written. In the suite one accepted value of each flag is run, for the three
+scripts that take moments. `make stress` runs all of them: DMD2_RUNS_PER_FLAG=1000 pytest tests/test_flags.py
 """
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, teacher_flags
+from conftest import ROOT, call, make_teacher, save_student, trained_net
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -19,11 +20,12 @@ import sample
 import train
 import train0
 from support import data, errors, flags, records
-from tools import benchmark, features
+from tools import average, benchmark, export, features
 
 RUNS_PER_FLAG = int(os.environ.get("DMD2_RUNS_PER_FLAG", 0))
 SCRIPTS = {
-    script.__name__.removeprefix("tools."): script for script in (train0, train, sample, evaluate, benchmark, features)
+    script.__name__.removeprefix("tools."): script
+    for script in (train0, train, sample, evaluate, benchmark, features, average, export)
 }
 HOSTILE = (
     "nan", "inf", "-inf", "-1", "0", "-0.0", "1", "0.5", "1e-320", "1e300", "1e999", "1.5.", "1,5", "0x10", "1_0", "",
@@ -56,20 +58,35 @@ def parser_of(script):
 
 
 FLAGS = [
-    (name, action.option_strings[0], action.type is flags.path)
-    for name, script in SCRIPTS.items() for action in parser_of(script)._actions
+    (name, action) for name, script in SCRIPTS.items() for action in parser_of(script)._actions
     if action.option_strings and action.nargs != 0
 ]
+# What a refusal says that does not name its flag; {value} is the value refused.
+NOT_NAMED = {
+    "--preset": "unknown preset",
+    "--accumulate": "--batch_size 2 cannot be shared out to 1 processes in",
+    **dict.fromkeys(("--teacher", "--init", "--guide", "--checkpoint"), "no checkpoint at {value}:"),
+    **dict.fromkeys(("--out", "--npz", "--walk"), "cannot write {value}:"),
+}
+# Flags beside the base call without which a flag is refused whatever its value.
+NEEDED = {
+    ("train", "--guide"): ["--autoguidance_scale", "2"],
+    ("sample", "--guide"): ["--autoguidance_scale", "2"],
+    ("sample", "--cfg_interval"): ["--cfg_scale", "2"],
+}
+# Flags that exclude --checkpoint, which the base call has.
+INSTEAD_OF_CHECKPOINT = {("evaluate", "--npz"), ("evaluate", "--images")}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tree, features):
-    """A folder to run in, and for each script the flags of its least run."""
+    """A folder, and for each script the flags of its least run; `valid`: values that flags without a default take."""
     folder = tmp_path_factory.mktemp("flags")
     teacher, cache = str(folder / "teacher"), str(folder / "cache")
     few = ["--preset", "none", "--batch_size", "2", "--steps", "1", "--device", "cpu", "--max_minutes", "1"]
     measured = ["--feature_extractor", features, "--cache_dir", cache]
-    assert call(train0, *teacher_flags(tree), *few, "--run_dir", teacher, "--label_dropout", "0.5") == 0
+    make_teacher(teacher, tree, *few, "--label_dropout", "0.5")
+    student = save_student(folder / "student.pt", trained_net(channels=8, label_dim=2), classes=["a", "b"])
     training = [*few, "--run_dir", "run", "--overwrite", "--eval_images", "64", *measured]
     drawn = ["--dataset", "folder", "--data_dir", tree]
     base = dict(
@@ -80,17 +97,30 @@ def place(tmp_path_factory, tree, features):
             "--checkpoint", teacher, "--num_images", "2048", "--num_steps", "1", "--device", "cpu", "--batch_size",
             "1024", *measured, "--dataset", "shapes",
         ],
-        benchmark=["--channels", "8", "--batch_size", "2", "--repeats", "3", "--modes", "fp32", "--device", "cpu"],
+        benchmark=["--channels", "8", "--batch_size", "2", "--repeats", "3", "--device", "cpu"],
         features=[*drawn, "--device", "cpu", "--epochs", "1"],
+        average=[teacher, teacher, "--out", "mean.pt"],
+        export=["--checkpoint", student],
     )
-    return folder, base
+    valid = {
+        "--init": teacher, "--guide": teacher, "--inception_weights": features, "--neighbours": "256",
+        "--walk": "walk.gif",
+    }
+    return folder, base, valid
 
 
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-LIMITS = dict(train0=1, train=1, sample=1)         # runs for each flag
+def works_with(name, action, base, valid):
+    """Values that a flag must accept: its default, its choices, its value in the base call and in `valid`."""
+    flag, found = action.option_strings[0], [*(action.choices or []), valid.get(action.option_strings[0])]
+    found.append(base[name][base[name].index(flag) + 1] if flag in base[name] else action.default)
+    return [str(value) for value in found if isinstance(value, str | int | float)]
+
+
+LIMITS = dict(train0=1, train=1, sample=1)         # working runs for each flag
 SEEN = {}                                           # (script, flag) -> values that were run
 
 
@@ -107,39 +137,67 @@ def figures(request):
         records.write_json(ROOT / "runs" / "stress" / "flags.json", report, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("name", "flag", "is_path"), FLAGS, ids=[f"{name} {flag}" for name, flag, _ in FLAGS])
-def test_a_flag_is_refused_in_one_line_or_works(name, flag, is_path, place, capsys, monkeypatch):
-    folder, base = place
-    work = folder / "work"
-    work.mkdir(exist_ok=True)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_base_call_is_accepted_and_runs(name, place, tmp_path, monkeypatch):
+    """Without this every flag of a script would be found to be refused, whatever its value."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHAPES_TRAIN_IMAGES", 2048)
+    SCRIPTS[name].parse_args(place[1][name])
+    assert call(SCRIPTS[name], *place[1][name]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "action"), FLAGS, ids=[f"{name} {action.option_strings[0]}" for name, action in FLAGS]
+)
+def test_a_flag_is_refused_in_one_line_that_names_it_or_works(name, action, place, capsys, monkeypatch):
+    folder, base, valid = place
+    script, flag, is_path = SCRIPTS[name], action.option_strings[0], action.type is flags.path
+    work = folder / "work" / f"{name}{flag}"
+    work.mkdir(parents=True)
     monkeypatch.chdir(work)
     monkeypatch.setattr(data, "SHAPES_TRAIN_IMAGES", 2048)
-    script = SCRIPTS[name]
+    before_flag = [*base[name], *NEEDED.get((name, flag), [])]
+    if (name, flag) in INSTEAD_OF_CHECKPOINT:
+        del before_flag[:2]
+    accepted = set()
+
+    def line_of_refusal(value, argv):
+        before = files(folder)
+        capsys.readouterr()
+        code = call(script, *argv)
+        err = capsys.readouterr().err
+        if not code:
+            return None
+        assert code == 2 and len(err.splitlines()) == 1 and "error: " in err, (value, code, err)
+        assert files(folder) == before, value
+        return err
 
     @settings(max_examples=20, deadline=None, derandomize=True, database=None)
     @given(st.one_of(NUMBERS.map(str), TEXTS))
     def check(value):
-        argv = [*base[name], f"{flag}={value}"]
+        argv = [*before_flag, *([flag, value, "5"] if action.nargs == 2 else [f"{flag}={value}"])]
         try:
             script.parse_args(argv)
         except errors.UsageError:
-            pass
+            err = line_of_refusal(value, argv)
+            assert err, value
         else:
-            if is_path and not Path(value).resolve().is_relative_to(folder):
+            accepted.add(value)
+            if is_path and not Path(value).resolve().is_relative_to(work):
                 return                              # it might do as it is told
-            # A run takes a while: one a flag, and that of a value once.
+            # A run takes a while: one that works a flag, and that of a value once.
             values = SEEN.setdefault((name, flag), [])
             if value in values or len(values) >= (RUNS_PER_FLAG or LIMITS.get(name, 0)):
                 return
-            values.append(value)
-        capsys.readouterr()
-        before = files(folder)
-        code = call(script, *argv)
-        err = capsys.readouterr().err
-        if code:
-            assert code == 2 and len(err.splitlines()) == 1 and "error: " in err, (value, code, err)
-            assert files(folder) == before, value
+            err = line_of_refusal(value, argv)
+            if not err:
+                values.append(value)
+                return
+        named = re.search(rf"{flag}(?![\w-])", err)
+        text = " ".join(NOT_NAMED.get(flag, flag).format(value=value).split())
+        assert named or text in err, (value, err)
 
-    for value in HOSTILE:
+    for value in (*HOSTILE, *works_with(name, action, base, valid)):
         check = example(value)(check)
     check()
+    assert accepted, f"every value of {flag} was refused"
