@@ -1,4 +1,4 @@
-"""What fails in the middle of a run ends it in one line, and the last checkpoint stands."""
+"""A failure in the middle of a run ends it with one line of error, and its last checkpoint is left as it was."""
 
 import os
 import resource
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, call, read_bytes, teacher_flags
+from conftest import ROOT, TINY, call, make_teacher, read_bytes, teacher_flags
 
 import train
 import train0
@@ -15,8 +15,7 @@ from support import checkpoint, processes
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(tmp_path, tree, capsys):
-    run = str(tmp_path / "a")
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
+    run = make_teacher(tmp_path / "a", tree, "--steps", "3")
     state = checkpoint.load(run)
     next(iter(state["model"].values()))[:] = 1e38   # so large that its square is infinite
     checkpoint.save(f"{run}/checkpoint.pt", state)
@@ -29,8 +28,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(
 
 
 def test_processes_whose_weights_differ_stop_and_save_nothing(tmp_path, tree, monkeypatch, capsys):
-    run = str(tmp_path / "a")
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2") == 0
+    run = make_teacher(tmp_path / "a", tree, "--steps", "2")
     before = read_bytes(f"{run}/checkpoint.pt")
     monkeypatch.setattr(processes, "same", lambda *modules: False)
     assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 1
@@ -39,8 +37,7 @@ def test_processes_whose_weights_differ_stop_and_save_nothing(tmp_path, tree, mo
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, tree):
-    run = str(tmp_path / "a")
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3") == 0
+    run = make_teacher(tmp_path / "a", tree, "--steps", "3")
     before = read_bytes(f"{run}/checkpoint.pt")
     command = [sys.executable, "train0.py", "--run_dir", run, "--resume", "--steps", "9", "--device", "cpu"]
 
@@ -57,7 +54,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(tmp_path, tree):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 13 MiB, room for a teacher's checkpoint and its successor, and the same one read-only."""
+    """A file system of 13 MiB, room for two checkpoints of a teacher, and the same one mounted read-only."""
     place, read_only = tmp_path / "disk", tmp_path / "read_only"
     place.mkdir(), read_only.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", place], capture_output=True).returncode:

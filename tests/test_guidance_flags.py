@@ -1,4 +1,4 @@
-"""Guided teachers, by classes or by an earlier state of themselves (guide.pt), from training to samples."""
+"""Classifier-free guidance and autoguidance (by guide.pt, an earlier teacher), from training to samples."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Which file imports which: one way, and no more than needed."""
+"""Which file imports which: never in a circle, and sampling imports nothing that only training needs."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from conftest import ROOT
 
 
 def imports(path):
-    """Files of this project that a file imports, as paths from its root without suffix."""
+    """The files of this project that a file imports, as paths from the project's root without suffix."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -26,11 +26,11 @@ def test_imports_run_one_way():
     assert {name for name in graph if "/" not in name} >= {"train0", "train", "sample", "evaluate", "unified_model"}
     scripts = {"train0", "train", "sample", "evaluate"}
     for name, needed in graph.items():
-        assert name == "tools/benchmark" or not needed & scripts, name              # which times their very steps
+        assert name == "tools/benchmark" or not needed & scripts, name              # which times the scripts' own steps
         assert not any(file.startswith("tools/") for file in needed), name
-        if name.startswith("support/"):             # what any training needs knows no loss and no turn
+        if name.startswith("support/"):             # support/ would serve any training: it knows nothing of DMD2
             assert not needed & {"guidance", "unified_model"}, name
-    while graph:                                    # take away what needs nothing: in the end all, or there is a circle
+    while graph:                                    # remove the files whose imports are gone; a circle would remain
         free = {name for name, needed in graph.items() if not needed & set(graph)}
         assert free, sorted(graph)
         graph = {name: needed for name, needed in graph.items() if name not in free}

@@ -1,4 +1,4 @@
-"""Runs that are stopped by a signal, killed or out of time, and resumed: the same bits as without the stop."""
+"""Runs stopped by a signal, a kill or --max_minutes and then resumed equal an uninterrupted run, bit for bit."""
 
 import os
 import shutil
@@ -21,8 +21,7 @@ from support import checkpoint
 ])
 def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signum, decay, optimizer, capsys):
     a, b = str(tmp_path / "straight"), str(tmp_path / "resumed")
-    flags = [*teacher_flags(tree), "--ema_decay", decay, "--steps", "7"]
-    flags += ["--optimizer", optimizer]
+    flags = [*teacher_flags(tree), "--ema_decay", decay, "--steps", "7", "--optimizer", optimizer]
     assert call(train0, *flags, "--run_dir", a) == 0
     interrupted(monkeypatch, train0, at_step, signum)
     assert call(train0, *flags, "--run_dir", b) == 128 + signum
@@ -33,10 +32,7 @@ def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signu
     assert_same_run(a, b)
 
 
-EVERYTHING = [
-    "--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2",
-    "--optimizer", "muon",
-]
+EVERYTHING = ["--gen_cls_loss_weight", "3e-3", "--f_div", "kl", "--num_denoising_steps", "2", "--optimizer", "muon"]
 
 
 @pytest.mark.parametrize(("at_step", "signum", "more"), [
@@ -62,7 +58,7 @@ def test_a_run_killed_after_its_last_save_logs_no_step_twice(tmp_path, monkeypat
     assert call(train0, *teacher_flags(tree), "--run_dir", a, "--steps", "7") == 0
     original = train0.StepRandom
 
-    def step_random(seed, step, *where):            # dies in step 5: saved at 3, logged at 2 and 4
+    def step_random(seed, step, *where):            # dies in step 5, after a save at 3 and logs at 2 and 4
         if step == 5:
             raise KeyboardInterrupt
         return original(seed, step, *where)
@@ -71,7 +67,7 @@ def test_a_run_killed_after_its_last_save_logs_no_step_twice(tmp_path, monkeypat
         patch.setattr(train0, "StepRandom", step_random)
         train0.main([*teacher_flags(tree), "--run_dir", b, "--steps", "7"])
     assert checkpoint.load(b)["step"] == 3
-    with open(f"{b}/log.jsonl", "a") as file:       # and the kill cut a line
+    with open(f"{b}/log.jsonl", "a") as file:       # the kill came in the middle of a line
         file.write('{"step": 6, "lo')
     assert call(train0, "--run_dir", b, "--resume", "--device", "cpu") == 0
     assert_same_run(a, b)
@@ -92,7 +88,8 @@ def test_tensorboard_has_every_step_once_after_a_kill_and_a_resume(tmp_path, tre
     flags = [*teacher_flags(tree), "--log_every", "1", "--run_dir", run, "--steps", "7"]
     process = subprocess.run([sys.executable, "-c", KILLED_IN_STEP_5, *flags], cwd=ROOT, capture_output=True)
     assert process.returncode == 9 and checkpoint.load(run)["step"] == 3
-    # As if made in this second, by a process whose name comes late: what the resumed run writes must be read after it.
+    # TensorBoard reads its files in the order of their names. This one gets the name that a process whose own name sorts
+    # last would give it in this second; it must still be read before the file of the resumed run.
     file, = Path(run, "tensorboard").iterdir()
     file.rename(file.with_name(f"events.out.tfevents.{int(time.time()):010d}.zzz.9.9"))
     assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
@@ -109,7 +106,7 @@ def test_max_minutes_saves_and_stops(tmp_path, tree):
 
 def test_a_finished_run_resumes_to_nothing_and_can_be_prolonged(tmp_path, tree):
     run = str(tmp_path / "a")
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2", "--resume") == 0    # nothing there yet
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2", "--resume") == 0    # there is nothing to resume yet
     assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
     assert checkpoint.load(run)["step"] == 2
     assert call(train0, "--run_dir", run, "--resume", "--device", "cpu", "--steps", "3") == 0

@@ -1,11 +1,11 @@
-"""Presets and defaults: which values a run takes from them, and what --help says of them."""
+"""Presets and defaults: which values a run takes from them, and how --help shows them."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, teacher_flags
+from conftest import ROOT, call, make_teacher, teacher_flags
 
 import evaluate
 import sample
@@ -18,7 +18,7 @@ from tools import benchmark, features
 @pytest.mark.parametrize("preset", train0.PRESETS)
 def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
     for script in (train0, train):
-        monkeypatch.delitem(script.PRESETS[preset], "compile", raising=False)       # a minute, and tried elsewhere
+        monkeypatch.delitem(script.PRESETS[preset], "compile", raising=False)       # compiling takes a minute
     few = ["--preset", preset, "--steps", "1", "--batch_size", "4", "--device", "cpu"]
     a, b = f"{tmp_path}/a", f"{tmp_path}/b"
     assert call(train0, "--dataset", "shapes", "--channels", "8", "--run_dir", a, *few) == 0
@@ -28,7 +28,7 @@ def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
 
 @pytest.mark.parametrize("script", [train0, train])
 def test_presets_set_flags_that_there_are(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                     # argparse takes defaults of any name
+    monkeypatch.chdir(tmp_path)                     # argparse also accepts defaults of flags that do not exist
     args = [vars(script.parse_args(["--preset", preset])[0]) for preset in script.PRESETS]
     plain = vars(script.parse_args(["--preset", "none"])[0])
     assert all(found.keys() == plain.keys() for found in args)
@@ -43,10 +43,7 @@ def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     )
     assert {name: getattr(args, name) for name in wanted} == wanted
     args, _ = train0.parse_args(["--preset", "none"])
-    wanted = dict(
-        p_mean=-1.2, p_std=1.2, flip=1, sigma_min=0.002, sigma_max=80.0,
-        lr_schedule="cosine",
-    )
+    wanted = dict(p_mean=-1.2, p_std=1.2, flip=1, sigma_min=0.002, sigma_max=80.0, lr_schedule="cosine")
     assert {name: getattr(args, name) for name in wanted} == wanted
 
 
@@ -88,10 +85,9 @@ def test_a_run_of_days_says_which_preset_fits(tmp_path, tree, capsys):
 
 
 def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeypatch):
-    run = f"{tmp_path}/a"
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "1") == 0
+    run = make_teacher(tmp_path / "a", tree, "--steps", "1")
     state = checkpoint.load(run)
-    del state["settings"]["label_dropout"]          # as of a version that did not have it
+    del state["settings"]["label_dropout"]          # as if saved by a version without this flag
     checkpoint.save(Path(run) / checkpoint.NAME, state)
     monkeypatch.setitem(train0.PRESETS, "new", dict(label_dropout=0.5, lr=0.5, compile=True))
     args, _ = train0.parse_args(["--run_dir", run, "--resume", "--preset", "new"])
@@ -99,12 +95,11 @@ def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeyp
 
 
 def test_a_resumed_run_is_compiled_as_before_unless_told_otherwise(tmp_path, tree):
-    run = Path(tmp_path / "a")
-    assert call(train0, *teacher_flags(tree), "--run_dir", str(run), "--steps", "1") == 0
+    run = make_teacher(tmp_path / "a", tree, "--steps", "1")
     state = checkpoint.load(run)
-    checkpoint.save(run / checkpoint.NAME, dict(state, settings=dict(state["settings"], compile=True)))
-    assert train0.parse_args(["--run_dir", str(run), "--resume"])[0].compile
-    assert not train0.parse_args(["--run_dir", str(run), "--resume", "--no-compile"])[0].compile
+    checkpoint.save(Path(run) / checkpoint.NAME, dict(state, settings=dict(state["settings"], compile=True)))
+    assert train0.parse_args(["--run_dir", run, "--resume"])[0].compile
+    assert not train0.parse_args(["--run_dir", run, "--resume", "--no-compile"])[0].compile
 
 
 def test_compiling_that_fails_is_one_line_and_can_be_left_out_of_a_preset(capsys, tmp_path, monkeypatch):

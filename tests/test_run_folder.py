@@ -34,7 +34,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 0
     assert checkpoint.load(run)["step"] == 3 and len(list(Path(run, "tensorboard").iterdir())) == 1
 
-    with monkeypatch.context() as patch:            # stopped between the first save and the rest
+    with monkeypatch.context() as patch:            # fails between its first save and the rest of its start
         patch.setattr(run_folder.RunFolder, "begin", full_disk)
         assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "9", "--overwrite") == 1
     assert "No space left on device" in capsys.readouterr().err
@@ -71,7 +71,7 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
         kept = {path for path in before if path.name != "lock"}
         assert all(read_bytes(path) == before[path] for path in kept)
     finally:
-        holder.kill()                               # the kernel gives the lock back
+        holder.kill()                               # whereupon the kernel releases the lock
         holder.wait()
     assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 0
 

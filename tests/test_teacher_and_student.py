@@ -1,4 +1,4 @@
-"""The two training scripts and sample.py after one another: which networks, images and labels they work on."""
+"""A teacher, its student and their samples: which networks, images and labels the scripts train and sample with."""
 
 import argparse
 import os
