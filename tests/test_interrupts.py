@@ -88,8 +88,8 @@ def test_tensorboard_has_every_step_once_after_a_kill_and_a_resume(tmp_path, tre
     flags = [*teacher_flags(tree), "--log_every", "1", "--run_dir", run, "--steps", "7"]
     process = subprocess.run([sys.executable, "-c", KILLED_IN_STEP_5, *flags], cwd=ROOT, capture_output=True)
     assert process.returncode == 9 and checkpoint.load(run)["step"] == 3
-    # TensorBoard reads its files in the order of their names. This one gets the name that a process whose own name sorts
-    # last would give it in this second; it must still be read before the file of the resumed run.
+    # TensorBoard reads its files in the order of their names. This one gets a name of this very second that sorts late,
+    # and must still be read before the file of the resumed run.
     file, = Path(run, "tensorboard").iterdir()
     file.rename(file.with_name(f"events.out.tfevents.{int(time.time()):010d}.zzz.9.9"))
     assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
@@ -106,7 +106,7 @@ def test_max_minutes_saves_and_stops(tmp_path, tree):
 
 def test_a_finished_run_resumes_to_nothing_and_can_be_prolonged(tmp_path, tree):
     run = str(tmp_path / "a")
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2", "--resume") == 0    # there is nothing to resume yet
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "2", "--resume") == 0    # none to resume
     assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
     assert checkpoint.load(run)["step"] == 2
     assert call(train0, "--run_dir", run, "--resume", "--device", "cpu", "--steps", "3") == 0

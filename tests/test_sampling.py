@@ -25,7 +25,7 @@ def images(state, **how):
     return sampling.generate(sample, 3, LABELS, batch_size=2, device=CPU)
 
 
-def state_of(net, kind, **more):
+def checkpoint_of(net, kind, **more):
     weights = dict(model_config=net.config, model_ema=net.state_dict())
     return dict(kind=kind, sigma_min=0.01, sigma_max=40.0, **weights, **more)
 
@@ -35,7 +35,7 @@ def assert_equal_but_for_rounding(found, wanted):
 
 
 def test_a_teachers_are_those_of_heuns_method_between_its_own_levels(net):
-    z, state = image_noise(3, range(3)), state_of(net, "teacher")
+    z, state = image_noise(3, range(3)), checkpoint_of(net, "teacher")
     assert_equal_but_for_rounding(images(state, num_steps=4), diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0))
     cfg = dict(cfg_scale=3.0, cfg_interval=(0.1, 10))
     wanted = diffusion.heun_sample(diffusion.guided(net, 3.0, (0.1, 10)), z, LABELS, 5, 0.01, 40.0)
@@ -44,21 +44,21 @@ def test_a_teachers_are_those_of_heuns_method_between_its_own_levels(net):
 
 def test_a_students_are_those_of_its_levels_with_fresh_noise_before_each(net):
     x = net(3.0 * image_noise(3, range(3)), 3.0, LABELS)
-    assert_equal_but_for_rounding(images(state_of(net, "student", denoising_sigmas=[3.0])), x)
+    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0])), x)
     for draw, sigma in ((1, 1.5), (2, 0.4)):
         x = net(x + sigma * image_noise(3, range(3), draw), sigma, LABELS)
-    assert_equal_but_for_rounding(images(state_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
+    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
 
 
 def test_a_temperature_scales_the_noise_that_they_begin_with_and_no_other(net):
-    z, teacher = image_noise(3, range(3)), state_of(net, "teacher")
+    z, teacher = image_noise(3, range(3)), checkpoint_of(net, "teacher")
     assert_equal_but_for_rounding(
         images(teacher, num_steps=4, temperature=1.3), diffusion.heun_sample(net, 1.3 * z, LABELS, 4, 0.01, 40.0)
     )
     x = net(1.3 * 3.0 * z, 3.0, LABELS)
-    assert_equal_but_for_rounding(images(state_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
+    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
     x = net(x + 1.5 * image_noise(3, range(3), 1), 1.5, LABELS)
-    assert_equal_but_for_rounding(images(state_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
+    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
 
 
 def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
