@@ -77,6 +77,11 @@ NOT_NAMED = {
     ("sample", "--out"): ["cannot write {value}:"],
     ("sample", "--npz"): ["cannot write {value}:"],
     ("sample", "--walk"): ["cannot write {value}:"],
+    ("evaluate", "--checkpoint"): ["no checkpoint at {value}:"],
+    ("evaluate", "--guide"): ["no checkpoint at {value}:"],
+    ("evaluate", "--npz"): ["cannot read {value}:"],
+    ("evaluate", "--images"): ["cannot read folder {value}:", "no images in {value}"],
+    ("benchmark", "--teacher"): ["no checkpoint at {value}:"],
     ("features", "--out"): ["cannot write {value}:"],
     ("average", "--out"): ["cannot write {value}:", "{value} is there already"],
     ("export", "--out"): ["cannot write {value}:"],
@@ -86,6 +91,7 @@ NOT_NAMED = {
 NEEDED = {
     ("train", "--guide"): ["--autoguidance_scale", "2"],
     ("sample", "--guide"): ["--autoguidance_scale", "2"],
+    ("evaluate", "--guide"): ["--autoguidance_scale", "2"],
     ("sample", "--cfg_interval"): ["--cfg_scale", "2"],
 }
 # Flags that take the place of the --checkpoint of the base call.
@@ -140,7 +146,7 @@ def works_with(name, action, base, valid):
     return [str(value) for value in found if isinstance(value, str | int | float)]
 
 
-LIMITS = dict(train0=1, train=1, sample=1)         # working runs for each flag
+LIMITS = dict(train0=1, train=1, sample=1)          # working runs for each flag, where DMD2_RUNS_PER_FLAG is not set
 SEEN = {}                                           # (script, flag) -> values that were run
 
 
@@ -206,9 +212,9 @@ def test_a_flag_is_refused_in_one_line_that_names_it_or_works(name, action, plac
             accepted.add(value)
             if is_path and not Path(value).resolve().is_relative_to(work):
                 return                              # it might do as it is told
-            # A run takes a while: one that works a flag, and that of a value once.
-            values = SEEN.setdefault((name, flag), [])
-            if value in values or len(values) >= (RUNS_PER_FLAG or LIMITS.get(name, 0)):
+            # A run takes a while: each value at most once, and until so many have worked.
+            values, limit = SEEN.setdefault((name, flag), []), RUNS_PER_FLAG or LIMITS.get(name, 0)
+            if value in values or len(values) >= limit or name == "export":         # whose pages come from the network
                 return
             err = line_of_refusal(value, argv)
             if not err:

@@ -30,35 +30,35 @@ def checkpoint_of(net, kind, **more):
     return dict(kind=kind, sigma_min=0.01, sigma_max=40.0, **weights, **more)
 
 
-def assert_equal_but_for_rounding(found, wanted):
+def assert_same_images(found, wanted):
     assert found.dtype == torch.uint8 and (found.int() - data.to_uint8(wanted).int()).abs().max() <= 1     # rounding
 
 
 def test_a_teachers_are_those_of_heuns_method_between_its_own_levels(net):
     z, state = image_noise(3, range(3)), checkpoint_of(net, "teacher")
-    assert_equal_but_for_rounding(images(state, num_steps=4), diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0))
+    assert_same_images(images(state, num_steps=4), diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0))
     cfg = dict(cfg_scale=3.0, cfg_interval=(0.1, 10))
     wanted = diffusion.heun_sample(diffusion.guided(net, 3.0, (0.1, 10)), z, LABELS, 5, 0.01, 40.0)
-    assert_equal_but_for_rounding(images(state, num_steps=5, cfg=cfg), wanted)
+    assert_same_images(images(state, num_steps=5, cfg=cfg), wanted)
 
 
 def test_a_students_are_those_of_its_levels_with_fresh_noise_before_each(net):
     x = net(3.0 * image_noise(3, range(3)), 3.0, LABELS)
-    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0])), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0])), x)
     for draw, sigma in ((1, 1.5), (2, 0.4)):
         x = net(x + sigma * image_noise(3, range(3), draw), sigma, LABELS)
-    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
 
 
 def test_a_temperature_scales_the_noise_that_they_begin_with_and_no_other(net):
     z, teacher = image_noise(3, range(3)), checkpoint_of(net, "teacher")
-    assert_equal_but_for_rounding(
+    assert_same_images(
         images(teacher, num_steps=4, temperature=1.3), diffusion.heun_sample(net, 1.3 * z, LABELS, 4, 0.01, 40.0)
     )
     x = net(1.3 * 3.0 * z, 3.0, LABELS)
-    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
     x = net(x + 1.5 * image_noise(3, range(3), 1), 1.5, LABELS)
-    assert_equal_but_for_rounding(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
 
 
 def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
