@@ -114,8 +114,8 @@ def trained_net(**config):
     return net
 
 
-def save_student(path, net, **fields):
-    """Write the checkpoint of a one-step student whose averaged weights are those of `net`; returns its path."""
+def save_net(path, net, **fields):
+    """Write a checkpoint with the averaged weights `net`, by default that of a one-step student; returns its path."""
     known = dict(kind="student", step=7, model_config=net.config, model_ema=net.state_dict())
     known.update(sigma_min=0.002, sigma_max=80.0, denoising_sigmas=[80.0])
     checkpoint.save(path, known | fields)

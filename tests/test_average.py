@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import call, save_student, trained_net
+from conftest import call, save_net, trained_net
 
 import sample
 from support import checkpoint
@@ -14,7 +14,7 @@ def scaled_student(path, factor=1.0, **changes):
     torch.manual_seed(0)
     net = trained_net(channels=8, label_dim=2)
     weights = {name: factor * weight for name, weight in net.state_dict().items()}
-    return save_student(path, net, **(dict(classes=["a", "b"], model_ema=weights) | changes))
+    return save_net(path, net, **(dict(classes=["a", "b"], model_ema=weights) | changes))
 
 
 def test_the_mean_of_the_weights(tmp_path):

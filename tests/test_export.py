@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import call, save_student, trained_net
+from conftest import call, save_net, trained_net
 from PIL import Image
 
 import diffusion
@@ -35,7 +35,7 @@ def contrasty_student(path, sigmas=ONE_STEP, kind="student", seed=0):
     torch.manual_seed(seed)
     net = trained_net(channels=8, label_dim=len(CLASSES))
     net.out_conv.weight.data *= 5
-    return save_student(path, net, kind=kind, classes=CLASSES, denoising_sigmas=sigmas)
+    return save_net(path, net, kind=kind, classes=CLASSES, denoising_sigmas=sigmas)
 
 
 @pytest.fixture(scope="module")

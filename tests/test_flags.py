@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, make_teacher, save_student, trained_net
+from conftest import ROOT, call, make_teacher, save_net, trained_net
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -107,8 +107,8 @@ def place(tmp_path_factory, tree, features):
     measured = ["--feature_extractor", features, "--cache_dir", cache]
     make_teacher(teacher, tree, *few, "--label_dropout", "0.5")
     net = trained_net(channels=8, label_dim=10)
-    student = save_student(folder / "student.pt", net, classes=shapes.CLASSES)
-    teacher_of_shapes = save_student(folder / "shapes.pt", net, kind="teacher", classes=shapes.CLASSES)
+    student = save_net(folder / "student.pt", net, classes=shapes.CLASSES)
+    teacher_of_shapes = save_net(folder / "shapes.pt", net, kind="teacher", classes=shapes.CLASSES)
     training = [*few, "--run_dir", "run", "--overwrite", "--eval_images", "64", *measured]
     drawn = ["--dataset", "folder", "--data_dir", tree]
     base = dict(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import call, save_student, trained_net
+from conftest import call, save_net, trained_net
 from PIL import Image, ImageSequence
 
 import diffusion
@@ -84,7 +84,7 @@ def test_the_walk_goes_from_a_seeds_noise_to_the_nexts_through_unit_noise():
 
 def test_the_gif_of_a_walk_shows_the_grids_on_the_way_and_back(net, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "WALK_FRAMES", 2)
-    save_student(tmp_path / "s.pt", net, denoising_sigmas=[3.0], sigma_min=0.01, sigma_max=40.0, classes=["a", "b"])
+    save_net(tmp_path / "s.pt", net, denoising_sigmas=[3.0], sigma_min=0.01, sigma_max=40.0, classes=["a", "b"])
     common = ["--checkpoint", f"{tmp_path}/s.pt", "--num_images", "4", "--device", "cpu", "--seed"]
     assert call(sample, *common, "3", "--out", f"{tmp_path}/0.png", "--walk", f"{tmp_path}/walk.gif") == 0
     assert call(sample, *common, "4", "--out", f"{tmp_path}/1.png") == 0
