@@ -2,26 +2,23 @@
 
 import pytest
 import torch
-from conftest import call
-from test_model import trained_net
+from conftest import call, save_net, trained_net
 
 import sample
 from support import checkpoint
 from tools import average
 
 
-def student(path, factor=1.0, **changes):
+def scaled_student(path, factor=1.0, **changes):
     """A checkpoint of one small network, its weights times a factor."""
     torch.manual_seed(0)
     net = trained_net(channels=8, label_dim=2)
-    known = dict(kind="student", classes=["a", "b"], model_config=net.config, denoising_sigmas=[80.0])
     weights = {name: factor * weight for name, weight in net.state_dict().items()}
-    checkpoint.save(path, dict(known, step=7, sigma_min=0.002, sigma_max=80.0, model_ema=weights) | changes)
-    return str(path)
+    return save_net(path, net, **(dict(classes=["a", "b"], model_ema=weights) | changes))
 
 
 def test_the_mean_of_the_weights(tmp_path):
-    paths = [student(tmp_path / f"{i}.pt", factor) for i, factor in enumerate([1.0, 2.0, 6.0])]
+    paths = [scaled_student(tmp_path / f"{i}.pt", factor) for i, factor in enumerate([1.0, 2.0, 6.0])]
     out = str(tmp_path / "mean.pt")
     assert call(average, *paths, "--out", out) == 0
     weights, mean = checkpoint.load(paths[0])["model_ema"], checkpoint.load(out, kind="student")
@@ -39,19 +36,21 @@ def test_the_mean_of_the_weights(tmp_path):
     (dict(model_ema={}), "does not fit"),
 ])
 def test_of_checkpoints_that_differ_there_is_no_mean(tmp_path, capsys, changes, line):
-    one, other = student(tmp_path / "one.pt"), student(tmp_path / "other.pt", **changes)
+    one, other = scaled_student(tmp_path / "one.pt"), scaled_student(tmp_path / "other.pt", **changes)
     assert call(average, one, other, "--out", str(tmp_path / "mean.pt")) == 2
     assert line in capsys.readouterr().err
     assert not (tmp_path / "mean.pt").exists()
 
 
 def test_wrong_calls(tmp_path, capsys):
-    one = student(tmp_path / "one.pt")
+    one = scaled_student(tmp_path / "one.pt")
     before = (tmp_path / "one.pt").read_bytes()
     assert call(average, one, "--out", str(tmp_path / "mean.pt")) == 2
     assert "two checkpoints" in capsys.readouterr().err
     assert call(average, one, one, "--out", one) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert f"{one} is there already" in capsys.readouterr().err
     assert call(average, one, str(tmp_path / "none"), "--out", str(tmp_path / "mean.pt")) == 2
+    assert f"no checkpoint at {tmp_path}/none" in capsys.readouterr().err
     assert call(average, one, one, "--out", str(tmp_path / "none/mean.pt")) == 2
+    assert f"cannot write {tmp_path}/none/mean.pt" in capsys.readouterr().err
     assert (tmp_path / "one.pt").read_bytes() == before and not (tmp_path / "mean.pt").exists()

@@ -15,7 +15,7 @@ def test_karras_schedule():
     # Equation 5 by hand at one inner index: rank 700 from below is i = 299 from above.
     by_hand = (80 ** (1 / 7) + 299 / 999 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert sigmas[700].item() == pytest.approx(by_hand, rel=1e-9)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="sigma_min"):
         diffusion.karras_sigmas(10, 1.0, 0.5)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY, assert_same_run, call, log_of
 
 import evaluate
 import sample
@@ -118,10 +118,7 @@ def test_two_processes_take_the_steps_of_one(runs, name):
         torch.testing.assert_close(other["exp_avg"], path["exp_avg"], rtol=1e-3, atol=1e-6)
         moved = max(moved, path["exp_avg"].abs().max().item())
     assert moved > 1e-3                             # so that the tolerance means something
-    logs = [
-        [json.loads(line) for line in (root / processes / name / "log.jsonl").read_text().splitlines()]
-        for processes in ("one", "two")
-    ]
+    logs = [log_of(root / processes / name) for processes in ("one", "two")]
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
     for a, b in zip(*logs, strict=True):
         losses = [key for key in a if "loss" in key or "norm" in key or key.startswith("fd")]
@@ -130,8 +127,6 @@ def test_two_processes_take_the_steps_of_one(runs, name):
 
 @pytest.mark.parametrize("name", ["teacher", "student", "plain"])
 def test_a_resume_on_two_processes_is_exact(runs, name):
-    from test_scripts import assert_same_run
-
     assert_same_run(runs[0] / "two" / name, runs[0] / "two" / f"{name}_resumed")
 
 

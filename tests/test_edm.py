@@ -281,7 +281,7 @@ def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys):
     with np.load(tmp_path / "images.npz") as file:
         found = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
     assert (found.int() - data.to_uint8(images).int()).abs().max() <= 1
-    assert call(sample, *flags, "--cfg_scale", "2") == 2 and "--cfg_scale" in capsys.readouterr().err
+    assert call(sample, *flags, "--cfg_scale", "2") == 2 and "--cfg_scale 2.0 needs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("label_dim, steps", [(2, 20), (0, 2)])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, TINY, Features, call, export, teacher_flags
+from conftest import ROOT, TINY, Features, call, export, log_of, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -374,17 +374,17 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
     shapes_flag, basic = ["--dataset", "shapes"], flags[2:]
     assert call(train0, *teacher_flags(tree), "--run_dir", "run", "--steps", "1") == 0
     wrong = [
-        (["--checkpoint", "no_such_run", *flags], "no_such_run"),
-        (["--checkpoint", "run", "--num_images", "255", *flags], "256"),
-        (["--checkpoint", "run", *flags], "the dataset has"),
-        (["--checkpoint", "run", "--cfg_scale", "2", *flags], "--label_dropout"),
-        (["--npz", few, *shapes_flag, *flags], "256"),
-        (["--npz", few, *flags], "--dataset"),
-        (["--npz", enough, *shapes_flag, "--repeats", "2", *flags], "--repeats"),
-        (["--npz", str(tmp_path / "shape.npz"), *shapes_flag, *flags], "shape.npz"),
+        (["--checkpoint", "no_such_run", *flags], "no checkpoint at no_such_run"),
+        (["--checkpoint", "run", "--num_images", "255", *flags], "argument --num_images: 255 is not at least 256"),
+        (["--checkpoint", "run", *flags], "the dataset has 6 images"),
+        (["--checkpoint", "run", "--cfg_scale", "2", *flags], "--cfg_scale 2.0 needs"),
+        (["--npz", few, *shapes_flag, *flags], "few.npz has 100 images: 256 are the least"),
+        (["--npz", few, *flags], "--npz and --images need --dataset"),
+        (["--npz", enough, *shapes_flag, "--repeats", "2", *flags], "--repeats needs a checkpoint"),
+        (["--npz", str(tmp_path / "shape.npz: arr_0 is uint8"), *shapes_flag, *flags], "shape.npz: arr_0 is uint8"),
         (["--npz", str(tmp_path / "pickle.npz"), *shapes_flag, *flags], "pickle.npz"),
         (["--npz", str(tmp_path / "names.npz"), *shapes_flag, *flags], "names.npz"),
-        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", "no.pt2"], "no.pt2"),
+        (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", "no.pt2"], "no file no.pt2"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", str(tmp_path / "fixed.pt2")], "fixed.pt2"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", few], "few.npz"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", wide], "wide.pt2"),
@@ -393,7 +393,7 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", named], "names 2 classes"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", extra], "extra/more.json"),
         (["--npz", enough, *shapes_flag, *basic, "--inception_weights", few], "few.npz does not hold"),
-        (["--images", str(tmp_path / "hub"), *shapes_flag, *flags], "no images"),
+        (["--images", str(tmp_path / "hub"), *shapes_flag, *flags], f"no images in {tmp_path}/hub"),
     ]
     capsys.readouterr()
     for argv, said in wrong:
@@ -488,7 +488,7 @@ def test_training_measures_itself_and_keeps_the_best_step(tmp_path, many, featur
     fast = ["--dfake_gen_update_ratio", "1", "--generator_lr", "1e-2", "--warmup_steps", "0"]
     assert call(train, "--teacher", a, "--run_dir", b, *TINY, *evaluation, *fast) == 0
     for run in (a, b):
-        rows = [json.loads(line) for line in Path(f"{run}/log.jsonl").read_text().splitlines()]
+        rows = log_of(run)
         distance = {row["step"]: row["fd@64"] for row in rows if "fd@64" in row}
         assert list(distance) == [2, 4, 5] and len(set(distance.values())) == 3
         best, last = checkpoint.load(f"{run}/best.pt"), checkpoint.load(run)
@@ -545,11 +545,7 @@ def test_a_measurement_that_was_killed_is_taken_again_and_logged_once(script, tm
     assert call(script, *resume, "--resume") == 130 and checkpoint.load(killed)["best"]["measured"] == 2
     assert call(script, *resume, "--resume") == 0
 
-    def rows(run):
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_mib")} for line in lines]
-
-    assert rows(killed) == rows(straight)
+    assert log_of(killed, speed=False) == log_of(straight, speed=False)
     for name in ("checkpoint.pt", "best.pt"):
         one, two = checkpoint.load(straight / name), checkpoint.load(killed / name)
         assert one["best"] == two["best"] and one["step"] == two["step"]
@@ -566,8 +562,8 @@ def test_a_student_of_a_teacher_that_names_no_images_can_be_measured_later(tmp_p
     measured += ["--cache_dir", str(tmp_path / "cache")]
     images = ["--dataset", "folder", "--data_dir", many]
     assert call(train, "--run_dir", b, "--resume", "--steps", "2", *measured) == 2
-    assert "give --dataset" in capsys.readouterr().err
+    assert "give --dataset and --data_dir" in capsys.readouterr().err
     assert call(train, "--run_dir", b, "--resume", "--steps", "2", *measured, *images) == 0
     assert "fd@64" in Path(b, "log.jsonl").read_text()
     assert call(train, "--run_dir", b, "--resume", "--steps", "3", "--dataset", "shapes") == 2
-    assert "differs" in capsys.readouterr().err
+    assert "--dataset shapes differs" in capsys.readouterr().err

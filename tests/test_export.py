@@ -16,9 +16,8 @@ import onnxruntime
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import call
+from conftest import call, save_net, trained_net
 from PIL import Image
-from test_model import trained_net
 
 import diffusion
 import sample
@@ -31,23 +30,19 @@ CLASSES = [f"class {i}" for i in range(10)]
 ONE_STEP, THREE_STEPS = [3.0], [3.0, 1.5, 0.4]
 
 
-def student(path, sigmas=ONE_STEP, kind="student", seed=0):
-    """A checkpoint of a small network, all of whose layers do something."""
+def contrasty_student(path, sigmas=ONE_STEP, kind="student", seed=0):
+    """A checkpoint of a small network whose layers all matter, and whose images have the contrast of real ones."""
     torch.manual_seed(seed)
     net = trained_net(channels=8, label_dim=len(CLASSES))
-    net.out_conv.weight.data *= 5                   # as contrasty as images are
-    checkpoint.save(path, dict(
-        kind=kind, step=7, model_config=net.config, model_ema=net.state_dict(), classes=CLASSES,
-        sigma_min=0.002, sigma_max=80.0, denoising_sigmas=sigmas,
-    ))
-    return str(path)
+    net.out_conv.weight.data *= 5
+    return save_net(path, net, kind=kind, classes=CLASSES, denoising_sigmas=sigmas)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two students and their files: of one step as by default, of three in float32 with the output `float`."""
     folder = tmp_path_factory.mktemp("export")
-    student(folder / "one.pt"), student(folder / "three.pt", THREE_STEPS)
+    contrasty_student(folder / "one.pt"), contrasty_student(folder / "three.pt", THREE_STEPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert call(export, "--checkpoint", "one.pt") == 0
@@ -94,7 +89,8 @@ def test_weights_are_stored_as_float16_and_all_else_is_float32(folder):
 
 def test_a_file_that_does_not_draw_what_torch_draws_is_not_written(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "to_onnx", lambda *how: onnx.load(folder / "one.onnx"))
-    assert call(export, "--checkpoint", student(tmp_path / "s.pt", seed=1), "--out", f"{tmp_path}/g.onnx") == 2
+    other = contrasty_student(tmp_path / "s.pt", seed=1)
+    assert call(export, "--checkpoint", other, "--out", f"{tmp_path}/g.onnx") == 2
     assert "largest difference" in capsys.readouterr().err and os.listdir(tmp_path) == ["s.pt"]
 
 
@@ -105,16 +101,17 @@ def test_wrong_calls_end_in_one_line_and_leave_nothing(tmp_path, capsys, monkeyp
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error and sorted(tmp_path.rglob("*")) == before
 
-    good, out, page = student(tmp_path / "s.pt"), f"--out={tmp_path}/g.onnx", f"--page={tmp_path}/page"
+    good, out, page = contrasty_student(tmp_path / "s.pt"), f"--out={tmp_path}/g.onnx", f"--page={tmp_path}/page"
     (tmp_path / "other").write_text("no checkpoint")
-    refused("holds a teacher, but a student is needed", "--checkpoint", student(tmp_path / "t.pt", kind="teacher"), out)
-    refused("not a checkpoint", "--checkpoint", f"{tmp_path}/other", out)
-    refused("no such file", "--checkpoint", f"{tmp_path}/none", out)
-    refused("cannot write", "--checkpoint", good, "--out", str(tmp_path))
-    refused("cannot write", "--checkpoint", good, "--page", f"{tmp_path}/none/page")
-    refused("is there already", "--checkpoint", good, "--page", str(tmp_path))
+    teacher = contrasty_student(tmp_path / "t.pt", kind="teacher")
+    refused(f"{teacher} holds a teacher, but a student is needed", "--checkpoint", teacher, out)
+    refused(f"{tmp_path}/other is not a checkpoint", "--checkpoint", f"{tmp_path}/other", out)
+    refused(f"no checkpoint at {tmp_path}/none: no such file", "--checkpoint", f"{tmp_path}/none", out)
+    refused(f"cannot write {tmp_path}: it is a folder", "--checkpoint", good, "--out", str(tmp_path))
+    refused(f"cannot write {tmp_path}/none/page: its folder", "--checkpoint", good, "--page", f"{tmp_path}/none/page")
+    refused(f"--page {tmp_path} is there already", "--checkpoint", good, "--page", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused("needs npm", "--checkpoint", good, out, page)
+    refused("--page needs npm", "--checkpoint", good, out, page)
     (tmp_path / "npm").write_text("#!/bin/sh\necho npm error code E404 >&2\necho npm error 404 Not Found >&2\nexit 1\n")
     (tmp_path / "npm").chmod(0o755)
     refused("npm could not fetch onnxruntime-web@1.30.0: npm error 404 Not Found", "--checkpoint", good, out, page)
@@ -180,7 +177,7 @@ def canvas(browser):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def assert_alike(found, wanted):
+def assert_same_picture(found, wanted):
     assert found.shape == wanted.shape and wanted.std() > 30
     assert (abs(found.astype(int) - wanted.astype(int)) <= 1).mean() >= 0.999
 
@@ -192,7 +189,7 @@ def test_a_click_draws_the_grid_of_sample_py(folder, address, browser, tmp_path,
     browser.click("classes.children[0]")
     found = canvas(browser)
     assert call(sample, "--checkpoint", f"{folder}/{name}.pt", "--out", f"{tmp_path}/grid.png", "--device", "cpu") == 0
-    assert_alike(found, np.asarray(Image.open(tmp_path / "grid.png")))
+    assert_same_picture(found, np.asarray(Image.open(tmp_path / "grid.png")))
     assert browser.value("message.textContent").startswith("100 images of all classes, seed 0: ")
     assert browser.value("document.documentElement.scrollWidth") <= 360             # nothing sticks out
     fetched = browser.value("performance.getEntriesByType('resource').map((entry) => entry.name)")
@@ -216,11 +213,11 @@ def test_keys_choose_the_class_the_seed_and_the_walk(folder, address, browser):
 
     browser.open(f"{address}/one/")
     browser.wait(READY)
-    assert_alike(pressed(*["Tab"] * 5, "Enter"), images(0))             # past all and three classes
+    assert_same_picture(pressed(*["Tab"] * 5, "Enter"), images(0))             # past all and three classes
     assert browser.value("document.querySelector('[aria-pressed=true]').textContent") == "class 3"
-    assert_alike(pressed(*["Tab"] * 7, "7"), images(7))
-    assert_alike(pressed("Tab", "End"), images(8))
-    assert_alike(pressed("Home", *["PageUp"] * 3), images(7, walk=0.3))
+    assert_same_picture(pressed(*["Tab"] * 7, "7"), images(7))
+    assert_same_picture(pressed("Tab", "End"), images(8))
+    assert_same_picture(pressed("Home", *["PageUp"] * 3), images(7, walk=0.3))
     assert browser.value("canvas.ariaLabel") == "20 images of class 3, seed 7, 30 % of the way to seed 8"
 
 

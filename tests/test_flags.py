@@ -1,16 +1,18 @@
-"""Every flag of every script, given what it should not be: exit code 2, one line and nothing written, or a working run.
+"""Every flag of every script, given what it should not be: refused in one line that names it, or a working run.
 
-In the suite what is accepted is run for one value a flag, of the three scripts that take moments. All of it (`make
-stress`): DMD2_RUNS_PER_FLAG=1000 pytest tests/test_flags.py
+A refusal is exit code 2 with nothing written. In the suite one accepted value of each flag is run, for the three
+scripts that take moments. `make stress` runs all of them: DMD2_RUNS_PER_FLAG=1000 pytest tests/test_flags.py
 """
 
 import os
+import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, teacher_flags
+from conftest import ROOT, call, make_teacher, save_net, trained_net
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +20,13 @@ import evaluate
 import sample
 import train
 import train0
-from support import data, errors, flags, records
-from tools import benchmark, features
+from support import data, errors, flags, records, shapes
+from tools import average, benchmark, export, features
 
 RUNS_PER_FLAG = int(os.environ.get("DMD2_RUNS_PER_FLAG", 0))
 SCRIPTS = {
-    script.__name__.removeprefix("tools."): script for script in (train0, train, sample, evaluate, benchmark, features)
+    script.__name__.removeprefix("tools."): script
+    for script in (train0, train, sample, evaluate, benchmark, features, average, export)
 }
 HOSTILE = (
     "nan", "inf", "-inf", "-1", "0", "-0.0", "1", "0.5", "1e-320", "1e300", "1e999", "1.5.", "1,5", "0x10", "1_0", "",
@@ -56,20 +59,56 @@ def parser_of(script):
 
 
 FLAGS = [
-    (name, action.option_strings[0], action.type is flags.path)
-    for name, script in SCRIPTS.items() for action in parser_of(script)._actions
+    (name, action) for name, script in SCRIPTS.items() for action in parser_of(script)._actions
     if action.option_strings and action.nargs != 0
 ]
+# (script, flag) -> what its refusals may say instead of naming the flag; {value} is the value refused.
+NOT_NAMED = {
+    ("train0", "--preset"): ["unknown preset"],
+    ("train", "--preset"): ["unknown preset"],
+    ("train0", "--accumulate"): ["--batch_size 2 cannot be shared out to 1 processes in"],
+    ("train", "--accumulate"): ["--batch_size 2 cannot be shared out to 1 processes in"],
+    ("train0", "--init"): ["no checkpoint at {value}:"],
+    ("train", "--init"): ["no checkpoint at {value}:"],
+    ("train", "--teacher"): ["no checkpoint at {value}:"],
+    ("train", "--guide"): ["no checkpoint at {value}:"],
+    ("sample", "--checkpoint"): ["no checkpoint at {value}:"],
+    ("sample", "--guide"): ["no checkpoint at {value}:"],
+    ("sample", "--out"): ["cannot write {value}:"],
+    ("sample", "--npz"): ["cannot write {value}:"],
+    ("sample", "--walk"): ["cannot write {value}:"],
+    ("evaluate", "--checkpoint"): ["no checkpoint at {value}:"],
+    ("evaluate", "--guide"): ["no checkpoint at {value}:"],
+    ("evaluate", "--npz"): ["cannot read {value}:"],
+    ("evaluate", "--images"): ["cannot read folder {value}:", "no images in {value}"],
+    ("benchmark", "--teacher"): ["no checkpoint at {value}:"],
+    ("features", "--out"): ["cannot write {value}:"],
+    ("average", "--out"): ["cannot write {value}:", "{value} is there already"],
+    ("export", "--out"): ["cannot write {value}:"],
+    ("export", "--page"): ["cannot write {value}:"],
+}
+# Flags to add to the base call, without which a flag is refused whatever its value.
+NEEDED = {
+    ("train", "--guide"): ["--autoguidance_scale", "2"],
+    ("sample", "--guide"): ["--autoguidance_scale", "2"],
+    ("evaluate", "--guide"): ["--autoguidance_scale", "2"],
+    ("sample", "--cfg_interval"): ["--cfg_scale", "2"],
+}
+# Flags that take the place of the --checkpoint of the base call.
+INSTEAD_OF_CHECKPOINT = {("evaluate", "--npz"), ("evaluate", "--images")}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tree, features):
-    """A folder to run in, and for each script the flags of its least run."""
+    """A folder; for each script the flags of its shortest run; values for flags that accept none of the others here."""
     folder = tmp_path_factory.mktemp("flags")
     teacher, cache = str(folder / "teacher"), str(folder / "cache")
     few = ["--preset", "none", "--batch_size", "2", "--steps", "1", "--device", "cpu", "--max_minutes", "1"]
     measured = ["--feature_extractor", features, "--cache_dir", cache]
-    assert call(train0, *teacher_flags(tree), *few, "--run_dir", teacher, "--label_dropout", "0.5") == 0
+    make_teacher(teacher, tree, *few, "--label_dropout", "0.5")
+    net = trained_net(channels=8, label_dim=10)
+    student = save_net(folder / "student.pt", net, classes=shapes.CLASSES)
+    teacher_of_shapes = save_net(folder / "shapes.pt", net, kind="teacher", classes=shapes.CLASSES)
     training = [*few, "--run_dir", "run", "--overwrite", "--eval_images", "64", *measured]
     drawn = ["--dataset", "folder", "--data_dir", tree]
     base = dict(
@@ -77,26 +116,43 @@ def place(tmp_path_factory, tree, features):
         train=["--teacher", teacher, *training],
         sample=["--checkpoint", teacher, "--num_images", "2", "--num_steps", "1", "--device", "cpu"],
         evaluate=[
-            "--checkpoint", teacher, "--num_images", "2048", "--num_steps", "1", "--device", "cpu", "--batch_size",
-            "1024", *measured, "--dataset", "shapes",
+            "--checkpoint", teacher_of_shapes, "--dataset", "shapes", "--num_images", "256", "--num_steps", "1",
+            "--batch_size", "256", "--device", "cpu", *measured,
         ],
-        benchmark=["--channels", "8", "--batch_size", "2", "--repeats", "3", "--modes", "fp32", "--device", "cpu"],
+        benchmark=[
+            "--channels", "8", "--batch_size", "2", "--repeats", "1", "--parts", "teacher_step", "--device", "cpu",
+        ],
         features=[*drawn, "--device", "cpu", "--epochs", "1"],
+        average=[teacher, teacher, "--out", "mean.pt"],
+        export=["--checkpoint", student],
     )
-    return folder, base
+    valid = {
+        "--init": teacher, "--guide": teacher, "--inception_weights": features, "--neighbours": "256",
+        "--walk": "walk.gif",
+    }
+    return folder, base, valid
 
 
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-LIMITS = dict(train0=1, train=1, sample=1)         # runs for each flag
+def works_with(name, action, base, valid):
+    """Values that a flag must accept: its choices, its value in `valid`, and that of the base call or its default."""
+    flag = action.option_strings[0]
+    found = [value for value in action.choices or [] if value != "cifar10"]         # which a run would download
+    found.append(valid.get(flag))
+    found.append(base[name][base[name].index(flag) + 1] if flag in base[name] else action.default)
+    return [str(value) for value in found if isinstance(value, str | int | float)]
+
+
+LIMITS = dict(train0=1, train=1, sample=1)          # working runs for each flag, where DMD2_RUNS_PER_FLAG is not set
 SEEN = {}                                           # (script, flag) -> values that were run
 
 
 @pytest.fixture(scope="module", autouse=True)
 def figures(request):
-    """Of a long run, what was tried and what failed."""
+    """Write what `make stress` tried and how much of it failed."""
     yield
     if RUNS_PER_FLAG:
         report = dict(
@@ -107,39 +163,67 @@ def figures(request):
         records.write_json(ROOT / "runs" / "stress" / "flags.json", report, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("name", "flag", "is_path"), FLAGS, ids=[f"{name} {flag}" for name, flag, _ in FLAGS])
-def test_a_flag_is_refused_in_one_line_or_works(name, flag, is_path, place, capsys, monkeypatch):
-    folder, base = place
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_base_call_is_accepted_and_runs(name, place, tmp_path, monkeypatch):
+    """Otherwise the other test would find every value of every flag refused, and be content."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHAPES_TRAIN_IMAGES", 2048)
+    SCRIPTS[name].parse_args(place[1][name])
+    assert call(SCRIPTS[name], *place[1][name]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "action"), FLAGS, ids=[f"{name} {action.option_strings[0]}" for name, action in FLAGS]
+)
+def test_a_flag_is_refused_in_one_line_that_names_it_or_works(name, action, place, capsys, monkeypatch):
+    folder, base, valid = place
+    script, flag, is_path = SCRIPTS[name], action.option_strings[0], action.type is flags.path
     work = folder / "work"
-    work.mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)         # its files could be taken for values of this flag
+    work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr(data, "SHAPES_TRAIN_IMAGES", 2048)
-    script = SCRIPTS[name]
+    before_flag = [*base[name], *NEEDED.get((name, flag), [])]
+    if (name, flag) in INSTEAD_OF_CHECKPOINT:
+        del before_flag[:2]
+    accepted = set()
+
+    def line_of_refusal(value, argv):
+        before = files(folder)
+        capsys.readouterr()
+        code = call(script, *argv)
+        err = capsys.readouterr().err
+        if not code:
+            return None
+        assert code == 2 and len(err.splitlines()) == 1 and "error: " in err, (value, code, err)
+        assert files(folder) == before, value
+        return err
 
     @settings(max_examples=20, deadline=None, derandomize=True, database=None)
     @given(st.one_of(NUMBERS.map(str), TEXTS))
     def check(value):
-        argv = [*base[name], f"{flag}={value}"]
+        argv = [*before_flag, *([flag, value, "5"] if action.nargs == 2 else [f"{flag}={value}"])]
         try:
             script.parse_args(argv)
         except errors.UsageError:
-            pass
+            err = line_of_refusal(value, argv)
+            assert err, value
         else:
-            if is_path and not Path(value).resolve().is_relative_to(folder):
+            accepted.add(value)
+            if is_path and not Path(value).resolve().is_relative_to(work):
                 return                              # it might do as it is told
-            # A run takes a while: one a flag, and that of a value once.
-            values = SEEN.setdefault((name, flag), [])
-            if value in values or len(values) >= (RUNS_PER_FLAG or LIMITS.get(name, 0)):
+            # A run takes a while: each value at most once, and until so many have worked.
+            values, limit = SEEN.setdefault((name, flag), []), RUNS_PER_FLAG or LIMITS.get(name, 0)
+            if value in values or len(values) >= limit or name == "export":         # whose pages come from the network
                 return
-            values.append(value)
-        capsys.readouterr()
-        before = files(folder)
-        code = call(script, *argv)
-        err = capsys.readouterr().err
-        if code:
-            assert code == 2 and len(err.splitlines()) == 1 and "error: " in err, (value, code, err)
-            assert files(folder) == before, value
+            err = line_of_refusal(value, argv)
+            if not err:
+                values.append(value)
+                return
+        texts = [" ".join(text.format(value=value).split()) for text in NOT_NAMED.get((name, flag), [])]
+        assert re.search(rf"{flag}(?![\w-])", err) or any(text in err for text in texts), (value, err)
 
-    for value in HOSTILE:
+    for value in (*HOSTILE, *works_with(name, action, base, valid)):
         check = example(value)(check)
     check()
+    assert accepted, f"every value of {flag} was refused"

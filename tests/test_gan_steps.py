@@ -1,30 +1,19 @@
 """The GAN alone that a distillation may end with: its losses, its steps in train.py, and what it is for."""
 
 import copy
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call, teacher_flags
+from conftest import TINY, call, log_of, trained_net
 
 import train
-import train0
 from guidance import Discriminator, FeatureHead, GuidanceModel
-from model import SimpleUNet
 from support import checkpoint, data, networks
 from support.randomness import StepRandom
 from unified_model import UnifiedModel
 
 LABELS, REAL_LABELS = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])
-
-
-def small_net():
-    net = SimpleUNet(channels=8)
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return net
 
 
 @pytest.mark.formula
@@ -42,7 +31,7 @@ def test_a_head_is_a_projection_of_its_layers_mean_on_the_class():
 
 @pytest.mark.formula
 def test_the_losses_are_the_hinges_of_logits_on_the_frozen_teachers_features():
-    guidance = GuidanceModel(small_net(), discriminator=True, diffusion_gan_max_timestep=300)
+    guidance = GuidanceModel(trained_net(channels=8), discriminator=True, diffusion_gan_max_timestep=300)
     x_gen, x_real = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
     rng, logits = StepRandom(5, 0), []
     for x, labels in ((x_gen, LABELS), (x_real, REAL_LABELS)):
@@ -62,7 +51,7 @@ def test_the_losses_are_the_hinges_of_logits_on_the_frozen_teachers_features():
 
 
 def test_each_loss_moves_its_own_side_alone():
-    model = UnifiedModel(small_net(), discriminator=True)
+    model = UnifiedModel(trained_net(channels=8), discriminator=True)
     generator, guidance = model.feedforward_model, model.guidance_model
     for loss, moved, still in (
         ("loss_gan", generator, guidance.discriminator), ("loss_discriminator", guidance.discriminator, generator),
@@ -75,27 +64,15 @@ def test_each_loss_moves_its_own_side_alone():
         assert all(p.grad is None for p in still.parameters())
         for network in guidance.real_unet, guidance.fake_unet:
             assert all(p.grad is None for p in network.parameters())
-    assert not any("discriminator" in name for name in UnifiedModel(small_net()).state_dict())
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory, tree):
-    run = str(tmp_path_factory.mktemp("teacher"))
-    few = ["--steps", "3", "--warmup_steps", "0", "--lr", "1e-2"]
-    assert call(train0, *teacher_flags(tree), *few, "--run_dir", run) == 0
-    return run
-
-
-def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert not any("discriminator" in name for name in UnifiedModel(trained_net(channels=8)).state_dict())
 
 
 @pytest.mark.formula
-def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, teacher):
-    flags = ["--preset", "none", "--teacher", teacher, "--batch_size", "4", "--device", "cpu", "--precision", "fp32"]
-    flags += ["--log_every", "1", "--warmup_steps", "2", "--seed", "7", "--conditioning_sigma", "3", "--flip", "1"]
-    flags += ["--generator_lr", "1e-3", "--ema_decay", "0.5", "--dfake_gen_update_ratio", "1"]
-    flags += ["--run_dir", str(tmp_path)]
+def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, trained_teacher):
+    flags = ["--preset", "none", "--teacher", trained_teacher, "--batch_size", "4", "--device", "cpu"]
+    flags += ["--precision", "fp32", "--log_every", "1", "--warmup_steps", "2", "--seed", "7", "--flip", "1"]
+    flags += ["--conditioning_sigma", "3", "--generator_lr", "1e-3", "--ema_decay", "0.5"]
+    flags += ["--dfake_gen_update_ratio", "1", "--run_dir", str(tmp_path)]
     assert call(train, *flags, "--steps", "2") == 0
     before = checkpoint.load(tmp_path)
     last = ["--gan_steps", "5", "--gan_lr", "2e-3", "--discriminator_lr", "5e-3", "--diffusion_gan_max_timestep", "300"]
@@ -104,7 +81,7 @@ def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, teacher):
     assert ["loss_fake" in row for row in rows] == [True] * 2 + [False] * 5
     assert ["generator_grad_norm" in row for row in rows] == [True] * 2 + [False] * 2 + [True] * 3
 
-    net, real_unet = networks.averaged(before), networks.averaged(checkpoint.load(teacher))
+    net, real_unet = networks.averaged(before), networks.averaged(checkpoint.load(trained_teacher))
     torch.manual_seed(7)
     guidance = GuidanceModel(real_unet, discriminator=True, diffusion_gan_max_timestep=300)
     guidance = guidance.to(memory_format=torch.channels_last)
@@ -148,9 +125,10 @@ def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, teacher):
                 assert torch.equal(state["model"][key], value)
 
 
-def test_a_run_goes_on_as_a_gan_and_stays_whole_without(tmp_path, teacher):
+def test_a_run_goes_on_as_a_gan_and_stays_whole_without(tmp_path, trained_teacher):
     run, few = tmp_path / "run", ["--device", "cpu", "--resume", "--run_dir", str(tmp_path / "run")]
-    assert call(train, "--teacher", teacher, *TINY, "--steps", "2", "--run_dir", str(run), "--log_every", "1") == 0
+    first = ["--teacher", trained_teacher, *TINY, "--steps", "2", "--log_every", "1"]
+    assert call(train, *first, "--run_dir", str(run)) == 0
     assert call(train, *few, "--steps", "4", "--gan_steps", "2", "--warmup_steps", "1") == 0
     heads = {key: value for key, value in checkpoint.load(run)["model"].items() if ".discriminator." in key}
     assert call(train, *few, "--steps", "6", "--gan_steps", "0") == 0

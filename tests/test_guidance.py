@@ -151,7 +151,7 @@ def test_noise_levels_stay_in_the_range_asked_for():
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.4), (-0.1, 0.5), (0.1, 1.1)])
 def test_bad_ranges_are_refused(low, high):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="min_step_percent <= max_step_percent"):
         GuidanceModel(GaussianDenoiser(0, 1), min_step_percent=low, max_step_percent=high)
 
 

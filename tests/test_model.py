@@ -1,16 +1,8 @@
 import pytest
 import torch
+from conftest import trained_net
 
 from model import SimpleUNet
-
-
-def trained_net(**config):
-    """A net whose zero-initialised layers are not zero any more, so that every path matters."""
-    net = SimpleUNet(**config)
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return net
 
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 32, 40, 56])
@@ -102,7 +94,7 @@ def test_bf16_network_stays_close_to_float32_and_returns_float32():
 
 @pytest.mark.parametrize("config", [dict(channels=12), dict(channels=0), dict(label_dim=0), dict(blocks=0)])
 def test_bad_configurations_are_refused(config):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=next(iter(config))):
         SimpleUNet(**config)
 
 

@@ -1,16 +1,14 @@
 """Pairs of noise and the teacher's image: what they are, and the steps of train.py that learn from them."""
 
-import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call, teacher_flags
+from conftest import TINY, call, log_of
 
 import diffusion
 import train
-import train0
 from support import checkpoint, data, networks
 from support.pairs import SEED, Pairs
 from support.randomness import image_noise
@@ -69,20 +67,17 @@ def test_the_fit_is_the_squared_error_of_the_generators_first_step():
     torch.testing.assert_close(gain.grad, (2 * (gain * z - x_ode) * z).mean().detach())
 
 
-def test_the_first_steps_fit_the_generator_to_the_guided_teachers_images(tmp_path, tree):
-    run = str(tmp_path / "teacher")
-    few = ["--steps", "3", "--warmup_steps", "0", "--lr", "1e-2", "--label_dropout", "0.5"]
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, *few) == 0
-    flags = ["--preset", "none", "--teacher", run, "--batch_size", "4", "--device", "cpu", "--precision", "fp32"]
-    flags += ["--steps", "6", "--fit_steps", "4", "--ode_pairs", "8", "--generator_lr", "1e-2", "--cfg_scale", "2"]
-    flags += ["--ema_decay", "0", "--log_every", "1", "--dfake_gen_update_ratio", "3"]
+def test_the_first_steps_fit_the_generator_to_the_guided_teachers_images(tmp_path, trained_teacher):
+    flags = ["--preset", "none", "--teacher", trained_teacher, "--batch_size", "4", "--device", "cpu"]
+    flags += ["--precision", "fp32", "--steps", "6", "--fit_steps", "4", "--ode_pairs", "8", "--generator_lr", "1e-2"]
+    flags += ["--cfg_scale", "2", "--ema_decay", "0", "--log_every", "1", "--dfake_gen_update_ratio", "3"]
     assert call(train, *flags, "--run_dir", str(tmp_path / "student")) == 0
-    log = [json.loads(line) for line in (tmp_path / "student" / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "student")
     assert [sorted(name for name in row if "loss" in name) for row in log] == [["loss_fit"]] * 4 + [["loss_fake"]] * 2
 
-    net = networks.averaged(checkpoint.load(run))
+    net = networks.averaged(checkpoint.load(trained_teacher))
     teacher = diffusion.guided(net, 2)
-    student = networks.averaged(checkpoint.load(run)).requires_grad_(True)
+    student = networks.averaged(checkpoint.load(trained_teacher)).requires_grad_(True)
     optimizer = torch.optim.Adam(student.parameters())
     for step in range(4):                           # two batches, and both again, mirrored
         z, labels = image_noise(SEED + step % 2, range(4)), (torch.arange(4) + 4 * (step % 2)) % 2
@@ -99,8 +94,6 @@ def test_the_first_steps_fit_the_generator_to_the_guided_teachers_images(tmp_pat
         torch.testing.assert_close(value, student.state_dict()[name], rtol=1e-3, atol=1e-4)     # no generator turn yet
 
 
-def test_without_fit_steps_no_pair_is_made(tmp_path, tree, monkeypatch):
-    run = str(tmp_path / "teacher")
-    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "1") == 0
+def test_without_fit_steps_no_pair_is_made(tmp_path, trained_teacher, monkeypatch):
     monkeypatch.setattr(Pairs, "__call__", None)
-    assert call(train, "--teacher", run, *TINY, "--steps", "2", "--run_dir", str(tmp_path / "student")) == 0
+    assert call(train, "--teacher", trained_teacher, *TINY, "--steps", "2", "--run_dir", str(tmp_path / "student")) == 0

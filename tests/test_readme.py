@@ -109,8 +109,6 @@ def test_the_tables_are_those_of_the_results():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_is_one_page():
-    lines = README.splitlines()
-    assert len(lines) <= 120 and len(README.split()) <= 1200
-    assert any(line.startswith("    python ") for line in lines[:15])
+def test_the_readme_begins_with_a_command_and_the_results_are_few_files():
+    assert any(line.startswith("    python ") for line in README.splitlines()[:15])
     assert sum(path.is_file() for path in (ROOT / "results").rglob("*")) <= 30

@@ -1,68 +1,20 @@
-"""Which settings a training takes: of flags, presets, resumed runs, and of what its teacher and machine can do."""
+"""What a run takes over: guidance its teacher can give, its former images and batches, weights of --init."""
 
 import os
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import ROOT, TINY, call, image_tree, teacher_flags
+from conftest import TINY, call, image_tree, make_teacher
 
 import train
 import train0
-from support import checkpoint, networks, shapes
-
-
-@pytest.fixture(scope="module")
-def teacher(tree, tmp_path_factory):
-    """Without label dropout, and without a guide."""
-    folder = str(tmp_path_factory.mktemp("runs") / "teacher")
-    assert call(train0, *teacher_flags(tree), "--guide_at", "0", "--run_dir", folder, "--steps", "2") == 0
-    return folder
-
-
-def test_help_shows_a_presets_values_and_the_flags_of_a_beginner_first(capsys):
-    def entries(*argv):
-        with pytest.raises(SystemExit):
-            train.main([*argv, "--help"])
-        lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
-        return {flag: " ".join(rest) for flag, *rest in lines}
-
-    assert list(entries())[:4] == ["--teacher", "--preset", "--run_dir", "--resume"]
-    assert "default: 50000" in entries()["--steps"] and "default: 1900" in entries("--preset", "cifar10")["--steps"]
-
-
-@pytest.mark.parametrize(("flags", "gpu", "wanted"), [
-    (["--dataset", "shapes"], True, "demo"), (["--dataset", "folder"], True, "cifar10_gpu"),
-    ([], False, "cifar10"), (["--device", "cpu"], True, "cifar10"), (["--preset", "none"], True, "none"),
-])
-def test_a_new_run_takes_the_preset_of_its_images_and_machine(tmp_path, monkeypatch, capsys, flags, gpu, wanted):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    args, _ = train0.parse_args([*flags, "--lr", "0.5"])
-    values = train0.PRESETS.get(wanted, dict(steps=50_000))
-    assert args.preset == wanted and args.lr == 0.5 and args.steps == values["steps"]
-    assert (f"--preset {wanted} by" in capsys.readouterr().out) == (wanted != "none")
-
-
-def test_a_student_takes_the_preset_of_its_teacher(tmp_path, monkeypatch, teacher):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert train.parse_args(["--teacher", teacher])[0].preset == "cifar10"
-    state = checkpoint.load(teacher)
-    config = dict(state["model_config"], label_dim=10)
-    net = networks.rebuild(config)
-    checkpoint.save(tmp_path / "a.pt", dict(
-        state, classes=shapes.CLASSES, model_config=config, model_ema=net.state_dict()
-    ))
-    assert train.parse_args(["--teacher", "a.pt"])[0].preset == "demo"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for path, wanted in ((teacher, "cifar10_gpu"), (f"{ROOT}/tests/data/edm-tiny.pkl", "edm")):
-        assert train.parse_args(["--teacher", path])[0].preset == wanted
+from support import checkpoint
 
 
 def test_guidance_that_a_teacher_cannot_give_is_left_out_of_a_preset_and_refused_of_a_flag(tmp_path, teacher, capsys):
-    few = ["--teacher", teacher, "--steps", "1", "--batch_size", "4", "--device", "cpu", "--preset", "cifar10"]
+    alone = str(shutil.copy(f"{teacher}/checkpoint.pt", tmp_path / "alone.pt"))     # with no guide.pt beside it
+    few = ["--teacher", alone, "--steps", "1", "--batch_size", "4", "--device", "cpu", "--preset", "cifar10"]
     few += ["--fit_steps", "0"]
     assert call(train, *few, "--run_dir", str(tmp_path / "a")) == 0
     said = "no --cfg_scale, as it was trained without --label_dropout; no --autoguidance_scale, as there is no guide.pt"
@@ -112,7 +64,7 @@ def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
     flags = ["--dataset", "folder", "--data_dir", str(tmp_path / "tree"), *TINY, "--init", teacher, "--steps", "1"]
     flags += ["--lr", "1e-12", "--seed", "1", "--run_dir"]
     assert call(train0, *flags, str(tmp_path / "a")) == 0
-    assert "step 2, 1 of 3 classes known to it" in capsys.readouterr().out
+    assert "step 6, 1 of 3 classes known to it" in capsys.readouterr().out
     source, state = checkpoint.load(teacher), checkpoint.load(tmp_path / "a")
     assert state["model_config"] == dict(source["model_config"], label_dim=3)
     table, theirs = (found["model_ema"].pop("label_embedding.weight") for found in (state, source))
@@ -124,6 +76,7 @@ def test_a_teacher_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
     assert call(train0, *flags, str(tmp_path / "b"), "--channels", "16") == 2
     assert "--channels 16: the teacher of --init has 8" in capsys.readouterr().err
     assert call(train0, *flags, str(tmp_path / "b"), "--init", "no_such_run") == 2
+    assert "no checkpoint at no_such_run" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "b")
 
 
@@ -142,23 +95,14 @@ def test_a_student_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
     assert call(train, "--run_dir", second, "--resume", "--device", "cpu", "--steps", "2") == 0
     assert "begins with" not in capsys.readouterr().out
 
-    other = str(tmp_path / "other")                 # of more channels
-    images = ["--dataset", "folder", "--data_dir", tree]
-    assert call(train0, *images, *TINY, "--channels", "16", "--steps", "1", "--run_dir", other) == 0
+    other = make_teacher(tmp_path / "other", tree, "--channels", "16", "--steps", "1")
     for flag, said in (
-        (["--conditioning_sigma", "80"], "noise levels [3.0], not [80.0]"), (["--init", teacher], "student"),
-        (["--teacher", other], "its network is"),
+        (["--conditioning_sigma", "80"], "the student of --init starts at the noise levels [3.0], not [80.0]"),
+        (["--init", teacher], f"{teacher}/checkpoint.pt holds a teacher, but a student is needed"),
+        (["--teacher", other], f"{first} does not fit this version: its network is"),
     ):
         assert call(train, *flags, "--init", first, *flag, "--run_dir", str(tmp_path / "c")) == 2
         assert said in capsys.readouterr().err and not os.path.exists(tmp_path / "c")
-
-
-def test_a_run_of_days_says_which_preset_fits(tmp_path, tree, capsys):
-    flags = [*teacher_flags(tree), "--log_every", "1", "--max_minutes", "0.02", "--run_dir"]
-    assert call(train0, *flags, str(tmp_path / "a"), "--steps", "1000000000") == 0
-    assert capsys.readouterr().err.count("hours to go; --preset cifar10 fits this machine") == 1
-    assert call(train0, *flags, str(tmp_path / "b"), "--steps", "1") == 0
-    assert "hours to go" not in capsys.readouterr().err
 
 
 def test_too_few_real_images_and_no_home_to_keep_their_features_in(tmp_path, features, capsys, monkeypatch):

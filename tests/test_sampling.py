@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, save_net, trained_net
 from PIL import Image, ImageSequence
-from test_model import trained_net
 
 import diffusion
 import sample
-from support import checkpoint, data, sampling
+from support import data, sampling
 from support.randomness import image_noise
 
 LABELS, CPU = torch.tensor([1, 0, 1]), torch.device("cpu")
@@ -26,40 +25,40 @@ def images(state, **how):
     return sampling.generate(sample, 3, LABELS, batch_size=2, device=CPU)
 
 
-def state_of(net, kind, **more):
+def checkpoint_of(net, kind, **more):
     weights = dict(model_config=net.config, model_ema=net.state_dict())
     return dict(kind=kind, sigma_min=0.01, sigma_max=40.0, **weights, **more)
 
 
-def assert_alike(found, wanted):
+def assert_same_images(found, wanted):
     assert found.dtype == torch.uint8 and (found.int() - data.to_uint8(wanted).int()).abs().max() <= 1     # rounding
 
 
 def test_a_teachers_are_those_of_heuns_method_between_its_own_levels(net):
-    z, state = image_noise(3, range(3)), state_of(net, "teacher")
-    assert_alike(images(state, num_steps=4), diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0))
+    z, state = image_noise(3, range(3)), checkpoint_of(net, "teacher")
+    assert_same_images(images(state, num_steps=4), diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0))
     cfg = dict(cfg_scale=3.0, cfg_interval=(0.1, 10))
     wanted = diffusion.heun_sample(diffusion.guided(net, 3.0, (0.1, 10)), z, LABELS, 5, 0.01, 40.0)
-    assert_alike(images(state, num_steps=5, cfg=cfg), wanted)
+    assert_same_images(images(state, num_steps=5, cfg=cfg), wanted)
 
 
 def test_a_students_are_those_of_its_levels_with_fresh_noise_before_each(net):
     x = net(3.0 * image_noise(3, range(3)), 3.0, LABELS)
-    assert_alike(images(state_of(net, "student", denoising_sigmas=[3.0])), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0])), x)
     for draw, sigma in ((1, 1.5), (2, 0.4)):
         x = net(x + sigma * image_noise(3, range(3), draw), sigma, LABELS)
-    assert_alike(images(state_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
 
 
 def test_a_temperature_scales_the_noise_that_they_begin_with_and_no_other(net):
-    z, teacher = image_noise(3, range(3)), state_of(net, "teacher")
-    assert_alike(
+    z, teacher = image_noise(3, range(3)), checkpoint_of(net, "teacher")
+    assert_same_images(
         images(teacher, num_steps=4, temperature=1.3), diffusion.heun_sample(net, 1.3 * z, LABELS, 4, 0.01, 40.0)
     )
     x = net(1.3 * 3.0 * z, 3.0, LABELS)
-    assert_alike(images(state_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
     x = net(x + 1.5 * image_noise(3, range(3), 1), 1.5, LABELS)
-    assert_alike(images(state_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
+    assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
 
 
 def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
@@ -85,8 +84,7 @@ def test_the_walk_goes_from_a_seeds_noise_to_the_nexts_through_unit_noise():
 
 def test_the_gif_of_a_walk_shows_the_grids_on_the_way_and_back(net, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "WALK_FRAMES", 2)
-    state = state_of(net, "student", denoising_sigmas=[3.0], step=1, classes=["a", "b"])
-    checkpoint.save(tmp_path / "s.pt", state)
+    save_net(tmp_path / "s.pt", net, denoising_sigmas=[3.0], sigma_min=0.01, sigma_max=40.0, classes=["a", "b"])
     common = ["--checkpoint", f"{tmp_path}/s.pt", "--num_images", "4", "--device", "cpu", "--seed"]
     assert call(sample, *common, "3", "--out", f"{tmp_path}/0.png", "--walk", f"{tmp_path}/walk.gif") == 0
     assert call(sample, *common, "4", "--out", f"{tmp_path}/1.png") == 0

@@ -3,13 +3,12 @@
 import argparse
 import contextlib
 import copy
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, teacher_flags
+from conftest import call, log_of, make_teacher, teacher_flags
 from PIL import Image
 
 import diffusion
@@ -43,16 +42,10 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, photographs):
+def photo_teacher(tmp_path_factory, photographs):
     """One that can be guided, and whose network is not zero any more."""
-    run = str(tmp_path_factory.mktemp("teacher"))
     flags = ["--steps", "5", "--warmup_steps", "0", "--lr", "1e-2", "--label_dropout", "0.5", *SIGMAS]
-    assert call(train0, *teacher_flags(photographs), "--run_dir", run, *flags) == 0
-    return run
-
-
-def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return make_teacher(tmp_path_factory.mktemp("runs") / "teacher", photographs, *flags)
 
 
 def step_of_adam(optimizer, loss, rates, step, steps):
@@ -117,10 +110,10 @@ def test_the_teachers_loop(tmp_path, photographs):
 
 @pytest.mark.formula
 @pytest.mark.parametrize("gan", [False, True])
-def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
-    flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", "--seed", "7"]
-    flags += ["--steps", "5", "--dfake_gen_update_ratio", "2", "--generator_lr", "3e-3", "--guidance_lr", "5e-3"]
-    flags += ["--conditioning_sigma", "3", "--fake_noise", "dm", "--min_step_percent", "0.3"]
+def test_the_students_loop(tmp_path, photographs, photo_teacher, gan, monkeypatch):
+    flags = ["--teacher", photo_teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu"]
+    flags += ["--seed", "7", "--steps", "5", "--dfake_gen_update_ratio", "2", "--generator_lr", "3e-3"]
+    flags += ["--guidance_lr", "5e-3", "--conditioning_sigma", "3", "--fake_noise", "dm", "--min_step_percent", "0.3"]
     flags += ["--max_step_percent", "0.6", "--cfg_scale", "5", "--cfg_interval", "0.5", "2"]
     if gan:
         flags += ["--gen_cls_loss_weight", "0.1", "--cls_loss_weight", "0.2", "--cls_head_lr", "2e-3"]
@@ -135,7 +128,7 @@ def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
     assert call(train, *STEPS, *flags) == 0
     assert grads == [True, False, True, False, True]                # a guidance turn alone needs none
 
-    net = networks.averaged(checkpoint.load(teacher))
+    net = networks.averaged(checkpoint.load(photo_teacher))
     start = copy.deepcopy(net.state_dict())
     adversarial = dict(gan=True, diffusion_gan_max_timestep=700, f_div="kl") if gan else {}
     torch.manual_seed(7)
@@ -183,10 +176,10 @@ def test_the_students_loop(tmp_path, photographs, teacher, gan, monkeypatch):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, teacher, parts):
+def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, photo_teacher, parts):
     both = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0", *SIGMAS]
     calls = {train0: ["--dataset", "folder", "--data_dir", photographs, "--channels", "8", "--label_dropout", "0.5"]}
-    calls[train] = ["--teacher", teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
+    calls[train] = ["--teacher", photo_teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
     calls[train] += ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--generator_lr", "1e-3"]
     calls[train] += ["--gan_steps", "1"]
     for script, flags in calls.items():
@@ -202,10 +195,10 @@ def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, 
             assert [other[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-3)
 
 
-def test_float16_learns_as_float32_does(tmp_path, photographs, teacher):
+def test_float16_learns_as_float32_does(tmp_path, photographs, photo_teacher):
     few = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "3", "--warmup_steps", "0", *SIGMAS]
     few += ["--log_every", "1"]
-    calls = {train0: [*teacher_flags(photographs)], train: ["--teacher", teacher, "--gan_steps", "1"]}
+    calls = {train0: [*teacher_flags(photographs)], train: ["--teacher", photo_teacher, "--gan_steps", "1"]}
     for script, flags in calls.items():
         losses = {}
         for precision in ("fp32", "fp16"):
@@ -218,9 +211,9 @@ def test_float16_learns_as_float32_does(tmp_path, photographs, teacher):
         assert checkpoint.load(run)[optimizer]["scale"] == (2.0**16, 3 if script is train0 else 2)
 
 
-def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, teacher, monkeypatch):
-    flags = ["--preset", "none", "--teacher", teacher, "--batch_size", "4", "--device", "cpu", "--steps", "2", *SIGMAS]
-    flags += ["--gen_cls_loss_weight", "0.1", "--cfg_scale", "5", "--precision", "fp32"]
+def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, photo_teacher, monkeypatch):
+    flags = ["--preset", "none", "--teacher", photo_teacher, "--batch_size", "4", "--device", "cpu", *SIGMAS]
+    flags += ["--steps", "2", "--gen_cls_loss_weight", "0.1", "--cfg_scale", "5", "--precision", "fp32"]
     assert call(train, *flags, "--run_dir", str(tmp_path / "a")) == 0
     monkeypatch.setattr(guidance_module, "frozen", lambda *modules: contextlib.nullcontext())
     assert call(train, *flags, "--run_dir", str(tmp_path / "b")) == 0
@@ -228,15 +221,15 @@ def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, 
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_same_noise(tmp_path, teacher):
-    flags = ["--teacher", teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", *SIGMAS]
+def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_same_noise(tmp_path, photo_teacher):
+    flags = ["--teacher", photo_teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", *SIGMAS]
     flags += ["--preset", "none", "--precision", "fp32"]
     flags += ["--conditioning_sigma", "3", "--cfg_scale", "5", "--generator_lr", "1e-2"]
     flags += ["--warmup_steps", "0", "--steps", "2", "--dfake_gen_update_ratio", "1", "--sample_every", "2"]
     assert call(train, *flags) == 0
 
     z, labels = image_noise(0, range(16)), torch.arange(16) % 2
-    net, state = networks.averaged(checkpoint.load(teacher)), checkpoint.load(tmp_path)
+    net, state = networks.averaged(checkpoint.load(photo_teacher)), checkpoint.load(tmp_path)
     from_teacher = diffusion.heun_sample(diffusion.guided(net, 5), z, labels, 18, 0.01, 40)
     from_student = networks.averaged(state)(3 * z, 3.0, labels)
     expected = pictures.side_by_side(*(pictures.class_grid(images, 2) for images in (from_teacher, from_student)))

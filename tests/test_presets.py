@@ -1,0 +1,139 @@
+"""Presets and defaults: which values a run takes from them, and how --help shows them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call, make_teacher, teacher_flags
+
+import evaluate
+import sample
+import train
+import train0
+from support import checkpoint, networks, shapes
+from tools import benchmark, features
+
+
+@pytest.mark.parametrize("preset", train0.PRESETS)
+def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
+    for script in (train0, train):
+        monkeypatch.delitem(script.PRESETS[preset], "compile", raising=False)       # compiling takes a minute
+    few = ["--preset", preset, "--steps", "1", "--batch_size", "4", "--device", "cpu"]
+    a, b = f"{tmp_path}/a", f"{tmp_path}/b"
+    assert call(train0, "--dataset", "shapes", "--channels", "8", "--run_dir", a, *few) == 0
+    assert call(train, "--teacher", a, "--run_dir", b, *few, "--fit_steps", "0", "--gan_steps", "0") == 0
+    assert checkpoint.load(b)["settings"]["generator_lr"] == train.PRESETS[preset]["generator_lr"]
+
+
+@pytest.mark.parametrize("script", [train0, train])
+def test_presets_set_flags_that_there_are(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                     # argparse also accepts defaults of flags that do not exist
+    args = [vars(script.parse_args(["--preset", preset])[0]) for preset in script.PRESETS]
+    plain = vars(script.parse_args(["--preset", "none"])[0])
+    assert all(found.keys() == plain.keys() for found in args)
+
+
+def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, _ = train.parse_args(["--preset", "none"])
+    wanted = dict(
+        conditioning_sigma=80.0, dfake_gen_update_ratio=10, min_step_percent=0.02, max_step_percent=0.98,
+        sigma_min=0.002, sigma_max=80.0, fake_noise="all", cls_loss_weight=1e-2,
+    )
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    args, _ = train0.parse_args(["--preset", "none"])
+    wanted = dict(p_mean=-1.2, p_std=1.2, flip=1, sigma_min=0.002, sigma_max=80.0, lr_schedule="cosine")
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(("flags", "gpu", "wanted"), [
+    (["--dataset", "shapes"], True, "demo"), (["--dataset", "folder"], True, "cifar10_gpu"),
+    ([], False, "cifar10"), (["--device", "cpu"], True, "cifar10"), (["--preset", "none"], True, "none"),
+])
+def test_a_new_run_takes_the_preset_of_its_images_and_machine(tmp_path, monkeypatch, capsys, flags, gpu, wanted):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args, _ = train0.parse_args([*flags, "--lr", "0.5"])
+    values = train0.PRESETS.get(wanted, dict(steps=50_000))
+    assert args.preset == wanted and args.lr == 0.5 and args.steps == values["steps"]
+    assert (f"--preset {wanted} by" in capsys.readouterr().out) == (wanted != "none")
+
+
+def test_a_student_takes_the_preset_of_its_teacher(tmp_path, monkeypatch, teacher):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.parse_args(["--teacher", teacher])[0].preset == "cifar10"
+    state = checkpoint.load(teacher)
+    config = dict(state["model_config"], label_dim=10)
+    net = networks.rebuild(config)
+    checkpoint.save(tmp_path / "a.pt", dict(
+        state, classes=shapes.CLASSES, model_config=config, model_ema=net.state_dict()
+    ))
+    assert train.parse_args(["--teacher", "a.pt"])[0].preset == "demo"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for path, wanted in ((teacher, "cifar10_gpu"), (f"{ROOT}/tests/data/edm-tiny.pkl", "edm")):
+        assert train.parse_args(["--teacher", path])[0].preset == wanted
+
+
+def test_a_run_of_days_says_which_preset_fits(tmp_path, tree, capsys):
+    flags = [*teacher_flags(tree), "--log_every", "1", "--max_minutes", "0.02", "--run_dir"]
+    assert call(train0, *flags, str(tmp_path / "a"), "--steps", "1000000000") == 0
+    assert capsys.readouterr().err.count("hours to go; --preset cifar10 fits this machine") == 1
+    assert call(train0, *flags, str(tmp_path / "b"), "--steps", "1") == 0
+    assert "hours to go" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeypatch):
+    run = make_teacher(tmp_path / "a", tree, "--steps", "1")
+    state = checkpoint.load(run)
+    del state["settings"]["label_dropout"]          # as if saved by a version without this flag
+    checkpoint.save(Path(run) / checkpoint.NAME, state)
+    monkeypatch.setitem(train0.PRESETS, "new", dict(label_dropout=0.5, lr=0.5, compile=True))
+    args, _ = train0.parse_args(["--run_dir", run, "--resume", "--preset", "new"])
+    assert args.label_dropout == 0 and args.lr == state["settings"]["lr"] and not args.compile
+
+
+def test_a_resumed_run_is_compiled_as_before_unless_told_otherwise(tmp_path, tree):
+    run = make_teacher(tmp_path / "a", tree, "--steps", "1")
+    state = checkpoint.load(run)
+    checkpoint.save(Path(run) / checkpoint.NAME, dict(state, settings=dict(state["settings"], compile=True)))
+    assert train0.parse_args(["--run_dir", run, "--resume"])[0].compile
+    assert not train0.parse_args(["--run_dir", run, "--resume", "--no-compile"])[0].compile
+
+
+def test_compiling_that_fails_is_one_line_and_can_be_left_out_of_a_preset(capsys, tmp_path, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def fails(*_, **__):
+        raise BackendCompilerFailed(lambda: None, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **_: setattr(net, "_compiled_call_impl", fails))
+    assert call(sample, "--checkpoint", f"{ROOT}/weights/student.pt", "--compile", "--out", f"{tmp_path}/x.png") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--compile failed, --no-compile does without" in message and not list(tmp_path.iterdir())
+    assert train0.parse_args(["--preset", "cifar10_gpu"])[0].compile
+    assert not train0.parse_args(["--preset", "cifar10_gpu", "--no-compile"])[0].compile
+
+
+@pytest.mark.parametrize("script", [train0, train, sample, evaluate, benchmark, features])
+def test_help_states_every_default(script, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(["--help"])
+    out = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    entries = re.split(r"\n  (?=--)", out.split("options:")[1])[1:]
+    assert {"--seed", "--device"} <= {entry.split()[0] for entry in entries}
+    assert "(default: None)" not in out
+    assert [entry for entry in entries if "default: " not in " ".join(entry.lower().split())] == []
+
+
+def test_help_shows_a_presets_values_and_the_flags_of_a_beginner_first(capsys):
+    def entries(*argv):
+        with pytest.raises(SystemExit):
+            train.main([*argv, "--help"])
+        lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+        return {flag: " ".join(rest) for flag, *rest in lines}
+
+    assert list(entries())[:4] == ["--teacher", "--preset", "--run_dir", "--resume"]
+    assert "default: 50000" in entries()["--steps"] and "default: 1900" in entries("--preset", "cifar10")["--steps"]

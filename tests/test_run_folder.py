@@ -1,0 +1,95 @@
+"""The folder of a run: --overwrite loses nothing before the new run is saved, and only one process writes to it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call, log_of, make_teacher, read_bytes, teacher_flags
+
+import train0
+from support import checkpoint, data, run_folder
+
+
+def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is_saved(
+    tmp_path, tree, monkeypatch, capsys
+):
+    run = make_teacher(tmp_path / "a", tree, "--steps", "6")
+    record = [path for path in Path(run).rglob("*") if path.is_file() and path.name != "lock"]
+    before = {path: read_bytes(path) for path in record}
+    assert {path.name for path in record} > {"checkpoint.pt", "log.jsonl", "guide.pt"} and len(record) > 4
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path: read_bytes(path) for path in record} == before
+    assert {path for path in Path(run).rglob("*") if path.is_file() and path.name != "lock"} == set(record)
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 0
+    assert checkpoint.load(run)["step"] == 3 and len(list(Path(run, "tensorboard").iterdir())) == 1
+
+    with monkeypatch.context() as patch:            # fails between its first save and the rest of its start
+        patch.setattr(run_folder.RunFolder, "begin", full_disk)
+        assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "9", "--overwrite") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert checkpoint.load(f"{run}/guide.pt")["step"] == 1
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "3", "--guide_at", "0.9") == 0
+    assert checkpoint.load(f"{run}/guide.pt")["step"] == 3
+    assert [row["step"] for row in log_of(run)] == [2, 3]
+
+
+@pytest.mark.parametrize("name", ["best.pt", "guide.pt", "log.jsonl"])
+def test_a_folder_with_the_rest_of_a_run_is_not_taken_for_a_new_one(tmp_path, tree, capsys, name):
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / name).write_text("kept")
+    for more in [], ["--resume"]:
+        assert call(train0, *teacher_flags(tree), "--run_dir", str(run), "--steps", "1", *more) == 2
+        assert f"{run} holds {name} but no checkpoint.pt" in capsys.readouterr().err
+        assert [path.name for path in run.iterdir()] == [name] and (run / name).read_text() == "kept"
+    assert call(train0, *teacher_flags(tree), "--run_dir", str(run), "--steps", "1", "--overwrite") == 0
+
+
+def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
+    run = make_teacher(tmp_path / "a", tree, "--steps", "2")
+    before = {path: read_bytes(path) for path in tmp_path.rglob("*") if path.is_file()}
+    hold = "import sys, time; from support import checkpoint, run_folder; run = sys.argv[1]; "
+    hold += "r = run_folder.RunFolder(run, checkpoint.stamp(run)); print(1, flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, run], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"1\n"
+        for flags in (["--resume"], ["--overwrite", *teacher_flags(tree)]):
+            capsys.readouterr()
+            assert call(train0, "--run_dir", run, "--steps", "4", "--device", "cpu", *flags) == 2
+            assert f"{run} is being written by process {holder.pid} on " in capsys.readouterr().err
+        kept = {path for path in before if path.name != "lock"}
+        assert all(read_bytes(path) == before[path] for path in kept)
+    finally:
+        holder.kill()                               # whereupon the kernel releases the lock
+        holder.wait()
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 0
+
+
+@pytest.mark.parametrize("flags", [["--resume"], []], ids=["resumed", "fresh"])
+def test_a_save_between_reading_and_locking_the_folder_is_not_lost(flags, tmp_path, tree, capsys, monkeypatch):
+    run, other = str(tmp_path / "a"), str(tmp_path / "b")
+    for path in (run, other) if flags else (other,):
+        make_teacher(path, tree, "--steps", "2")
+    load = data.from_flags
+
+    def meanwhile(*args):                           # another process saves and ends
+        os.makedirs(run, exist_ok=True)
+        shutil.copy(f"{other}/checkpoint.pt", f"{run}/checkpoint.pt")
+        return load(*args)
+
+    monkeypatch.setattr(data, "from_flags", meanwhile)
+    capsys.readouterr()
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "4", *flags) == 2
+    assert f"another process has saved to {run} just now" in capsys.readouterr().err
+    assert read_bytes(f"{run}/checkpoint.pt") == read_bytes(f"{other}/checkpoint.pt")
