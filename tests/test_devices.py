@@ -20,9 +20,10 @@ def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, man
     measured = ["--eval_every", "2", "--eval_images", "64", "--feature_extractor", features, "--cache_dir", cache]
     first = ["--run_dir", a, "--label_dropout", "0.5", "--precision", "bf16", *measured, *there]
     assert call(train0, *teacher_flags(many), *first, "--steps", "2") == 0
-    every_loss = ["--gen_cls_loss_weight", "1e-2", "--f_div", "js", "--max_step_percent", "1"]
+    every_loss = ["--gen_cls_loss_weight", "1e-2", "--max_step_percent", "1"]
     every_loss += ["--cfg_scale", "2", "--cfg_interval", "0.1", "10", "--fake_noise", "dm"]
-    every_loss += ["--autoguidance_scale", "2", "--warmup_steps", "0", "--gan_steps", "1"]
+    every_loss += ["--autoguidance_scale", "2", "--warmup_steps", "0"]
+    every_loss += ["--gan_steps", "1", "--discriminator_warmup_steps", "0"]
     second = ["--teacher", a, "--run_dir", b, "--num_denoising_steps", "2", *every_loss]
     assert call(train, *TINY, *second, *measured, *there, "--steps", "2") == 0
     assert call(train, "--run_dir", b, "--resume", "--steps", "4", *there) == 0
@@ -43,7 +44,7 @@ def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, man
 def test_a_gpu_replays_what_it_would_launch(tmp_path, tree, optimizer, monkeypatch):
     """Not compiled, as compiled sums have no fixed order: twice the same bits, and the plain steps to rounding."""
     flags = ["--device", "cuda", "--optimizer", optimizer, "--precision", "fp32", "--warmup_steps", "4"]
-    losses = ["--gen_cls_loss_weight", "1e-2", "--f_div", "kl", "--num_denoising_steps", "2", "--cfg_scale", "2"]
+    losses = ["--gen_cls_loss_weight", "1e-2", "--num_denoising_steps", "2", "--cfg_scale", "2"]
     teacher = [*teacher_flags(tree), *flags, "--label_dropout", "0.5", "--lr_schedule", "constant"]
     student = [*TINY, *flags, *losses, "--teacher", str(tmp_path / "teacher0"), "--dfake_gen_update_ratio", "2"]
     for script, name, first in ((train0, "teacher", teacher), (train, "student", student)):

@@ -66,26 +66,17 @@ FLAGS = [
 NOT_NAMED = {
     ("train0", "--preset"): ["unknown preset"],
     ("train", "--preset"): ["unknown preset"],
-    ("train0", "--accumulate"): ["--batch_size 2 cannot be shared out to 1 processes in"],
-    ("train", "--accumulate"): ["--batch_size 2 cannot be shared out to 1 processes in"],
     ("train0", "--init"): ["no checkpoint at {value}:"],
     ("train", "--init"): ["no checkpoint at {value}:"],
     ("train", "--teacher"): ["no checkpoint at {value}:"],
     ("train", "--guide"): ["no checkpoint at {value}:"],
     ("sample", "--checkpoint"): ["no checkpoint at {value}:"],
     ("sample", "--guide"): ["no checkpoint at {value}:"],
-    ("sample", "--out"): ["cannot write {value}:"],
-    ("sample", "--npz"): ["cannot write {value}:"],
-    ("sample", "--walk"): ["cannot write {value}:"],
     ("evaluate", "--checkpoint"): ["no checkpoint at {value}:"],
     ("evaluate", "--guide"): ["no checkpoint at {value}:"],
     ("evaluate", "--npz"): ["cannot read {value}:"],
     ("evaluate", "--images"): ["cannot read folder {value}:", "no images in {value}"],
     ("benchmark", "--teacher"): ["no checkpoint at {value}:"],
-    ("features", "--out"): ["cannot write {value}:"],
-    ("average", "--out"): ["cannot write {value}:", "{value} is there already"],
-    ("export", "--out"): ["cannot write {value}:"],
-    ("export", "--page"): ["cannot write {value}:"],
 }
 # Flags to add to the base call, without which a flag is refused whatever its value.
 NEEDED = {
@@ -177,7 +168,7 @@ def test_the_base_call_is_accepted_and_runs(name, place, tmp_path, monkeypatch):
 )
 def test_a_flag_is_refused_in_one_line_that_names_it_or_works(name, action, place, capsys, monkeypatch):
     folder, base, valid = place
-    script, flag, is_path = SCRIPTS[name], action.option_strings[0], action.type is flags.path
+    script, flag, is_path = SCRIPTS[name], action.option_strings[0], getattr(action.type, "__name__", "") == "path"
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)         # its files could be taken for values of this flag
     work.mkdir()

@@ -8,7 +8,8 @@ from torch import nn
 
 from guidance import ClassifierHead
 from model import SimpleUNet
-from support.optimizers import POLYNOMIALS, Muon, Optimizer, orthogonalize
+from support.muon import POLYNOMIALS, Muon, orthogonalize
+from support.optimizers import Optimizer
 
 
 def conv(c_in, c_out, size=3):
@@ -93,7 +94,8 @@ def test_muon_takes_the_convolutions_inside_and_adam_the_rest():
     net, head = (network.to(memory_format=torch.channels_last) for network in (SimpleUNet(16), ClassifierHead(128)))
     optimizer = Optimizer("muon", dict.fromkeys((net, head), 1e-2))
     inside, rest = (
-        {id(p) for group in optimizer.parts[name].param_groups for p in group["params"]} for name in ("muon", "adam")
+        {id(p) for group in optimizer.optimizers[name].param_groups for p in group["params"]}
+        for name in ("muon", "adam")
     )
     named = [*net.named_parameters(), *head.named_parameters()]
     assert inside | rest == {id(p) for _, p in named} and not inside & rest

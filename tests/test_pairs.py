@@ -9,9 +9,12 @@ from conftest import TINY, call, log_of
 
 import diffusion
 import train
+from fit import Fit
 from support import checkpoint, data, networks
+from support.ema import EMA
+from support.optimizers import Optimizer
 from support.pairs import SEED, Pairs
-from support.randomness import image_noise
+from support.randomness import StepRandom, image_noise
 from unified_model import UnifiedModel
 
 
@@ -59,12 +62,18 @@ def test_the_fit_is_the_squared_error_of_the_generators_first_step():
             return self.gain * x_t / sigma
 
     model = UnifiedModel(Teacher(), 80.0, num_denoising_steps=2)
-    z, x_ode = torch.randn(2, 4, 3, 32, 32)
-    losses, _ = model.fit_turn(z, torch.zeros(4, dtype=torch.long), x_ode)
-    gain = model.feedforward_model.gain
-    torch.testing.assert_close(losses["loss_fit"], (gain * z - x_ode).square().mean())
-    losses["loss_fit"].backward()
-    torch.testing.assert_close(gain.grad, (2 * (gain * z - x_ode) * z).mean().detach())
+    gain, (z, x_ode), labels = model.feedforward_model.gain, torch.randn(2, 4, 3, 32, 32), torch.zeros(4).long()
+    start, optimizer, asked = gain.item(), Optimizer("adam", {model.feedforward_model: 1e-3}), []
+    fit = Fit(
+        model, EMA(model.feedforward_model, 0), start=0, steps=4, batch_size=2, lr_schedule="cosine",
+        pairs=lambda *step: asked.append(step) or (z, labels, x_ode), optimizers=dict(generator=optimizer),
+    )
+    log = fit.step(2, [StepRandom(0, 2), StepRandom(0, 3)])         # two microbatches
+    error = start * z - x_ode
+    torch.testing.assert_close(log["loss_fit"], error.square().mean())
+    torch.testing.assert_close(log["generator_grad_norm"], (2 * error * z).mean().abs())
+    assert gain.item() == pytest.approx(start - 5e-4 * (error * z).mean().sign().item(), abs=1e-6)  # at half the rate
+    assert fit.ema.module.gain.item() == gain.item() and asked == [(2, 0, 1)]
 
 
 def test_the_first_steps_fit_the_generator_to_the_guided_teachers_images(tmp_path, trained_teacher):

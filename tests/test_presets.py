@@ -8,28 +8,31 @@ import torch
 from conftest import ROOT, call, make_teacher, teacher_flags
 
 import evaluate
+import presets
 import sample
 import train
 import train0
 from support import checkpoint, networks, shapes
 from tools import benchmark, features
 
+PRESETS = {train0: presets.TEACHER, train: presets.STUDENT}
 
-@pytest.mark.parametrize("preset", train0.PRESETS)
+
+@pytest.mark.parametrize("preset", presets.TEACHER)
 def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
-    for script in (train0, train):
-        monkeypatch.delitem(script.PRESETS[preset], "compile", raising=False)       # compiling takes a minute
+    for values in PRESETS.values():
+        monkeypatch.delitem(values[preset], "compile", raising=False)               # compiling takes a minute
     few = ["--preset", preset, "--steps", "1", "--batch_size", "4", "--device", "cpu"]
     a, b = f"{tmp_path}/a", f"{tmp_path}/b"
     assert call(train0, "--dataset", "shapes", "--channels", "8", "--run_dir", a, *few) == 0
     assert call(train, "--teacher", a, "--run_dir", b, *few, "--fit_steps", "0", "--gan_steps", "0") == 0
-    assert checkpoint.load(b)["settings"]["generator_lr"] == train.PRESETS[preset]["generator_lr"]
+    assert checkpoint.load(b)["settings"]["generator_lr"] == presets.STUDENT[preset]["generator_lr"]
 
 
 @pytest.mark.parametrize("script", [train0, train])
 def test_presets_set_flags_that_there_are(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                     # argparse also accepts defaults of flags that do not exist
-    args = [vars(script.parse_args(["--preset", preset])[0]) for preset in script.PRESETS]
+    args = [vars(script.parse_args(["--preset", preset])[0]) for preset in PRESETS[script]]
     plain = vars(script.parse_args(["--preset", "none"])[0])
     assert all(found.keys() == plain.keys() for found in args)
 
@@ -39,7 +42,7 @@ def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
     args, _ = train.parse_args(["--preset", "none"])
     wanted = dict(
         conditioning_sigma=80.0, dfake_gen_update_ratio=10, min_step_percent=0.02, max_step_percent=0.98,
-        sigma_min=0.002, sigma_max=80.0, fake_noise="all", cls_loss_weight=1e-2,
+        fake_noise="all", cls_loss_weight=1e-2,
     )
     assert {name: getattr(args, name) for name in wanted} == wanted
     args, _ = train0.parse_args(["--preset", "none"])
@@ -55,7 +58,7 @@ def test_a_new_run_takes_the_preset_of_its_images_and_machine(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     args, _ = train0.parse_args([*flags, "--lr", "0.5"])
-    values = train0.PRESETS.get(wanted, dict(steps=50_000))
+    values = presets.TEACHER.get(wanted, dict(steps=50_000))
     assert args.preset == wanted and args.lr == 0.5 and args.steps == values["steps"]
     assert (f"--preset {wanted} by" in capsys.readouterr().out) == (wanted != "none")
 
@@ -89,7 +92,7 @@ def test_a_resumed_run_takes_nothing_new_from_its_preset(tmp_path, tree, monkeyp
     state = checkpoint.load(run)
     del state["settings"]["label_dropout"]          # as if saved by a version without this flag
     checkpoint.save(Path(run) / checkpoint.NAME, state)
-    monkeypatch.setitem(train0.PRESETS, "new", dict(label_dropout=0.5, lr=0.5, compile=True))
+    monkeypatch.setitem(presets.TEACHER, "new", dict(label_dropout=0.5, lr=0.5, compile=True))
     args, _ = train0.parse_args(["--run_dir", run, "--resume", "--preset", "new"])
     assert args.label_dropout == 0 and args.lr == state["settings"]["lr"] and not args.compile
 

@@ -1,8 +1,10 @@
 """Recorded steps are the plain ones. Without a GPU a replay runs the step again, on the memory of the recording."""
 
+import signal
+
 import pytest
 import torch
-from conftest import TINY, call, log_of, teacher_flags
+from conftest import TINY, call, interrupted, log_of, teacher_flags
 
 import train
 import train0
@@ -78,7 +80,7 @@ def test_no_recording_without_a_gpu_or_where_it_is_not_wanted():
 RATES = ["--warmup_steps", "4", "--lr_schedule", "constant"]
 TEACHER = ["--lr", str(2**-10), "--label_dropout", "0.3"]
 STUDENT = ["--generator_lr", str(2**-11), "--guidance_lr", str(2**-10), "--dfake_gen_update_ratio", "2"]
-STUDENT += ["--gen_cls_loss_weight", "1e-2", "--f_div", "kl", "--num_denoising_steps", "2", "--cfg_scale", "2"]
+STUDENT += ["--gen_cls_loss_weight", "1e-2", "--num_denoising_steps", "2", "--cfg_scale", "2"]
 STUDENT += ["--cfg_interval", "0.1", "10", "--autoguidance_scale", "2", "--fit_steps", "2", "--ode_pairs", "4"]
 
 
@@ -89,17 +91,19 @@ def test_recorded_training_stopped_and_resumed_is_the_plain_one(
     flags = [*teacher_flags(tree), *TEACHER] if script is train0 else ["--teacher", trained_teacher, *TINY, *STUDENT]
     flags += [*RATES, "--optimizer", optimizer, "--precision", "fp32", "--sample_every", "100", "--seed", "1"]
     plain, resumed = str(tmp_path / "plain"), str(tmp_path / "resumed")
-    last = ["--gan_steps", "12"] if script is train else []
-    assert call(script, *flags, *last, "--steps", "24", "--run_dir", plain) == 0
+    flags += ["--gan_steps", "12", "--discriminator_warmup_steps", "4"] if script is train else []
+    assert call(script, *flags, "--steps", "24", "--run_dir", plain) == 0
     made = []
     monkeypatch.setattr(script, "recorded", lambda device, wanted: lambda step: made.append(OnCPU(step)) or made[-1])
     monkeypatch.setattr(recorded, "WARM_UP", 1)
-    assert call(script, *flags, "--steps", "4", "--run_dir", resumed) == 0
-    assert call(script, "--resume", *last, "--steps", "24", "--run_dir", resumed, "--device", "cpu") == 0
+    with monkeypatch.context() as patch:
+        interrupted(patch, script, 3, signal.SIGTERM)
+        assert call(script, *flags, "--steps", "24", "--run_dir", resumed) == 143
+    assert call(script, "--resume", "--run_dir", resumed, "--device", "cpu") == 0
 
-    # One for a teacher; for a student with or without its generator's turn, of one or two steps: seed 1 has each.
-    # The first steps of a student fit; its last are a GAN's, these too of one or two steps, of two only once while the
-    # discriminator learns alone.
+    # A teacher has one graph. A student has one for the fit, four for DMD2, with or without a generator turn, of one or
+    # two denoising steps (seed 1 has each), and four for the GAN, with or without the generator, of one or two. The first
+    # process runs the fit; in the second the case of two steps during the discriminator warm-up occurs only once.
     recordings = [[recording.replay is not None for recording in one.recordings.values()] for one in made]
     wanted = [[True], [], [True] * 4, [True, False, True, True]] if script is train else [[True], [True]]
     assert [recordings[0], *recordings[-(len(wanted) - 1):]] == wanted

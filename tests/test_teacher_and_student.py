@@ -69,8 +69,8 @@ def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(t
     assert call(train, *flags, *rates, "--precision", "bf16", *TINY) == 0
     state = checkpoint.load(f"{tmp_path}/b")        # generator turns at steps 0, 3 and 6
     for name, rate in (("generator", 3e-4), ("guidance", 7e-4)):
-        assert [group["lr"] for group in state[f"{name}_optimizer"]["adam"]["param_groups"]] == [rate]
-    adam = {name: state[f"{name}_optimizer"]["adam"]["state"] for name in ("generator", "guidance")}
+        assert [group["lr"] for group in state["dmd2"][name]["adam"]["param_groups"]] == [rate]
+    adam = {name: state["dmd2"][name]["adam"]["state"] for name in ("generator", "guidance")}
     updates = {name: found[0]["step"].item() for name, found in adam.items()}
     assert updates == dict(generator=3, guidance=7) and state["ema"]["n_averaged"].item() == 3
     initial = checkpoint.load(teacher)["model_ema"]
@@ -79,26 +79,26 @@ def test_the_turns_alternate_at_the_ratio_and_the_ema_ticks_with_the_generator(t
     assert any(not torch.equal(state["model_ema"][k], v) for k, v in initial.items())
 
 
-def test_the_gan_takes_the_teachers_images_and_trains_its_head(tmp_path, teacher, tree, monkeypatch, capsys):
+def test_the_classifier_head_takes_the_teachers_images_and_trains(tmp_path, teacher, tree, monkeypatch, capsys):
     asked, load = [], train.data.load
     monkeypatch.setattr(train.data, "load", lambda *args: asked.append(args) or load(*args))
     flags = ["--teacher", teacher, "--run_dir", f"{tmp_path}/b", "--steps", "4", *TINY]
-    assert call(train, *flags) == 0 and asked == []                 # without a GAN no dataset is read,
+    assert call(train, *flags) == 0 and asked == []                 # without the head no dataset is read,
     assert checkpoint.load(f"{tmp_path}/b")["settings"]["dataset"] == "folder"      # but it is kept for evaluate.py
-    gan = ["--gen_cls_loss_weight", "3e-3", "--cls_head_lr", "1e-5", "--warmup_steps", "0"]
-    assert call(train, *flags, *gan, "--overwrite") == 0
+    head = ["--gen_cls_loss_weight", "3e-3", "--cls_head_lr", "1e-5", "--warmup_steps", "0"]
+    assert call(train, *flags, *head, "--overwrite") == 0
     assert asked == [("folder", tree, "train")]
     first_row = log_of(f"{tmp_path}/b")[0]
     assert {"loss_dm", "gen_cls_loss", "loss_fake", "cls_loss", "logit_fake", "logit_real"} <= set(first_row)
     state = checkpoint.load(f"{tmp_path}/b")
     head = [name for name in state["model"] if "cls_head" in name]
     parameters = checkpoint.load(teacher)["model_ema"]              # fake_unet and its head share one optimizer
-    assert head and len(state["guidance_optimizer"]["adam"]["state"]) == len(parameters) + len(head)
-    assert [group["lr"] for group in state["guidance_optimizer"]["adam"]["param_groups"]] == [2e-4, 1e-5]
+    assert head and len(state["dmd2"]["guidance"]["adam"]["state"]) == len(parameters) + len(head)
+    assert [group["lr"] for group in state["dmd2"]["guidance"]["adam"]["param_groups"]] == [2e-4, 1e-5]
     for name in ("dataset", "data_dir"):
         assert state["settings"][name] == dict(dataset="folder", data_dir=tree)[name]
     assert call(train, "--run_dir", f"{tmp_path}/b", "--resume", "--gen_cls_loss_weight", "0", "--device", "cpu") == 2
-    assert "--gen_cls_loss_weight cannot turn the GAN on or off" in capsys.readouterr().err
+    assert "--gen_cls_loss_weight cannot add or remove the classifier head" in capsys.readouterr().err
 
 
 def test_the_teacher_inside_the_student_is_bit_identical(tmp_path, teacher):
@@ -125,8 +125,6 @@ def test_a_teacher_that_was_stopped_is_said(tmp_path, teacher, capsys):
 def test_the_folder_and_the_mirroring_of_other_images_are_not_taken_over(asked, wanted):
     known = dict(settings=dict(dataset="folder", data_dir="mine", flip=0))
     args = argparse.Namespace(dataset=asked, data_dir=None, flip=None)
-    data.name_dataset(args, known)
-    assert (args.dataset, args.data_dir, args.flip) == wanted
+    assert data.named(args, known) == wanted
     args = argparse.Namespace(dataset=asked, data_dir="here", flip=1)
-    data.name_dataset(args, known)
-    assert (args.data_dir, args.flip) == ("here", 1)
+    assert data.named(args, known)[1:] == ("here", 1)

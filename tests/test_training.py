@@ -1,6 +1,5 @@
 """The two loops against the same steps written out here, and what they log."""
 
-import argparse
 import contextlib
 import copy
 import math
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 SIGMAS = ["--sigma_min", "0.01", "--sigma_max", "40"]
 # Clipping, rise and cosine all act within a few steps.
 STEPS = ["--preset", "none", "--precision", "fp32", "--log_every", "1", "--max_grad_norm", "0.005"]
-STEPS += ["--warmup_steps", "2", *SIGMAS]
+STEPS += ["--warmup_steps", "2"]
 STEPS += ["--lr_schedule", "cosine", "--ema_decay", "0.2", "--flip", "1"]
 
 
@@ -81,7 +80,7 @@ def assert_as_trained(state, net, start):
 def test_the_teachers_loop(tmp_path, photographs):
     flags = ["--p_mean", "-0.3", "--p_std", "0.7", "--label_dropout", "0.3"]
     flags += ["--blocks", "2", "--seed", "5", "--steps", "6", "--lr", "1e-2", "--run_dir", str(tmp_path)]
-    assert call(train0, *teacher_flags(photographs), *STEPS, *flags) == 0
+    assert call(train0, *teacher_flags(photographs), *STEPS, *SIGMAS, *flags) == 0
 
     torch.manual_seed(5)
     net = SimpleUNet(8, 2, 2).to(memory_format=torch.channels_last)
@@ -109,15 +108,15 @@ def test_the_teachers_loop(tmp_path, photographs):
 
 
 @pytest.mark.formula
-@pytest.mark.parametrize("gan", [False, True])
-def test_the_students_loop(tmp_path, photographs, photo_teacher, gan, monkeypatch):
+@pytest.mark.parametrize("head", [False, True])
+def test_the_students_loop(tmp_path, photographs, photo_teacher, head, monkeypatch):
     flags = ["--teacher", photo_teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu"]
     flags += ["--seed", "7", "--steps", "5", "--dfake_gen_update_ratio", "2", "--generator_lr", "3e-3"]
     flags += ["--guidance_lr", "5e-3", "--conditioning_sigma", "3", "--fake_noise", "dm", "--min_step_percent", "0.3"]
     flags += ["--max_step_percent", "0.6", "--cfg_scale", "5", "--cfg_interval", "0.5", "2"]
-    if gan:
+    if head:
         flags += ["--gen_cls_loss_weight", "0.1", "--cls_loss_weight", "0.2", "--cls_head_lr", "2e-3"]
-        flags += ["--diffusion_gan_max_timestep", "700", "--f_div", "kl"]
+        flags += ["--diffusion_gan_max_timestep", "700"]
     grads, generate = [], UnifiedModel.generate
 
     def spy(*args):
@@ -130,14 +129,14 @@ def test_the_students_loop(tmp_path, photographs, photo_teacher, gan, monkeypatc
 
     net = networks.averaged(checkpoint.load(photo_teacher))
     start = copy.deepcopy(net.state_dict())
-    adversarial = dict(gan=True, diffusion_gan_max_timestep=700, f_div="kl") if gan else {}
+    adversarial = dict(cls_head=True, diffusion_gan_max_timestep=700) if head else {}
     torch.manual_seed(7)
     guidance = GuidanceModel(
         net, 0.3, 0.6, 0.01, 40.0, cfg_scale=5, cfg_interval=(0.5, 2), fake_noise="dm", **adversarial
     ).to(memory_format=torch.channels_last)
     generator, average = copy.deepcopy(guidance.fake_unet), copy.deepcopy(net)
     generator_adam = torch.optim.Adam(generator.parameters())
-    trained = [guidance.fake_unet, guidance.cls_head] if gan else [guidance.fake_unet]
+    trained = [guidance.fake_unet, guidance.cls_head] if head else [guidance.fake_unet]
     guidance_adam = torch.optim.Adam(dict(params=network.parameters()) for network in trained)
     batches = data.Batches(data.load("folder", photographs), 4, 7, "cpu")
     rows = log_of(tmp_path)
@@ -147,17 +146,17 @@ def test_the_students_loop(tmp_path, photographs, photo_teacher, gan, monkeypatc
         x_gen = generator(3 * z, 3.0, labels)
         if step % 2 == 0:
             loss = wanted["loss_dm"] = guidance.compute_distribution_matching_loss(x_gen, labels, rng)[0]
-            if gan:
+            if head:
                 wanted["gen_cls_loss"] = guidance.compute_generator_cls_loss(x_gen, labels, rng)[0]
                 loss = loss + 0.1 * wanted["gen_cls_loss"]
             wanted["generator_grad_norm"] = step_of_adam(generator_adam, loss, [3e-3], step, 5)
             assert wanted["generator_grad_norm"] > 0.005, "no gradient was clipped: nothing is said of clipping"
             average_in(average, generator, step // 2)
-        if gan:
+        if head:
             x_real, real_labels = batches(step)
             x_real = torch.where(rng.uniform(4, 1, 1, 1) < 0.5, x_real.flip(-1), x_real)
         loss = wanted["loss_fake"] = guidance.compute_loss_fake(x_gen, labels, rng)[0]
-        if gan:
+        if head:
             wanted["cls_loss"] = guidance.compute_cls_loss(x_gen, labels, x_real, real_labels, rng)[0]
             loss = loss + 0.2 * wanted["cls_loss"]
         wanted["fake_grad_norm"] = step_of_adam(guidance_adam, loss, [5e-3, 2e-3][:len(trained)], step, 5)
@@ -175,16 +174,16 @@ def test_the_students_loop(tmp_path, photographs, photo_teacher, gan, monkeypatc
     assert all(torch.equal(part("guidance_model.real_unet.")[name], value) for name, value in start.items())
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, photo_teacher, parts):
-    both = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0", *SIGMAS]
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_give_the_steps_of_the_whole_batch(tmp_path, photographs, photo_teacher, microbatches):
+    both = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0"]
     calls = {train0: ["--dataset", "folder", "--data_dir", photographs, "--channels", "8", "--label_dropout", "0.5"]}
     calls[train] = ["--teacher", photo_teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
     calls[train] += ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--generator_lr", "1e-3"]
-    calls[train] += ["--gan_steps", "1"]
+    calls[train] += ["--gan_steps", "1", "--discriminator_warmup_steps", "0"]
     for script, flags in calls.items():
-        runs = [tmp_path / f"{script.__name__}{n}" for n in (1, parts)]
-        for run, n in zip(runs, (1, parts), strict=True):
+        runs = [tmp_path / f"{script.__name__}{n}" for n in (1, microbatches)]
+        for run, n in zip(runs, (1, microbatches), strict=True):
             how = ["--precision", "fp32", "--log_every", "1", "--accumulate", str(n), "--run_dir", str(run)]
             assert call(script, *flags, *both, *how) == 0
         logs = [log_of(run) for run in runs]
@@ -196,9 +195,10 @@ def test_a_batch_in_parts_gives_the_steps_of_a_whole_one(tmp_path, photographs, 
 
 
 def test_float16_learns_as_float32_does(tmp_path, photographs, photo_teacher):
-    few = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "3", "--warmup_steps", "0", *SIGMAS]
+    few = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "3", "--warmup_steps", "0"]
     few += ["--log_every", "1"]
-    calls = {train0: [*teacher_flags(photographs)], train: ["--teacher", photo_teacher, "--gan_steps", "1"]}
+    student = ["--teacher", photo_teacher, "--gan_steps", "1", "--discriminator_warmup_steps", "0"]
+    calls = {train0: teacher_flags(photographs), train: student}
     for script, flags in calls.items():
         losses = {}
         for precision in ("fp32", "fp16"):
@@ -207,12 +207,13 @@ def test_float16_learns_as_float32_does(tmp_path, photographs, photo_teacher):
             names = ("loss", "loss_fake", "loss_discriminator")
             losses[precision] = [row[name] for row in log_of(run) for name in names if name in row]
         assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp16"] != losses["fp32"]
-        optimizer = "optimizer" if script is train0 else "guidance_optimizer"
-        assert checkpoint.load(run)[optimizer]["scale"] == (2.0**16, 3 if script is train0 else 2)
+        state = checkpoint.load(run)
+        optimizer, steps = (state["optimizer"], 3) if script is train0 else (state["dmd2"]["guidance"], 2)
+        assert optimizer["scale"] == (2.0**16, steps)
 
 
 def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, photo_teacher, monkeypatch):
-    flags = ["--preset", "none", "--teacher", photo_teacher, "--batch_size", "4", "--device", "cpu", *SIGMAS]
+    flags = ["--preset", "none", "--teacher", photo_teacher, "--batch_size", "4", "--device", "cpu"]
     flags += ["--steps", "2", "--gen_cls_loss_weight", "0.1", "--cfg_scale", "5", "--precision", "fp32"]
     assert call(train, *flags, "--run_dir", str(tmp_path / "a")) == 0
     monkeypatch.setattr(guidance_module, "frozen", lambda *modules: contextlib.nullcontext())
@@ -222,7 +223,7 @@ def test_what_a_generators_loss_leaves_on_fake_unet_does_not_train_it(tmp_path, 
 
 
 def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_same_noise(tmp_path, photo_teacher):
-    flags = ["--teacher", photo_teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu", *SIGMAS]
+    flags = ["--teacher", photo_teacher, "--run_dir", str(tmp_path), "--batch_size", "4", "--device", "cpu"]
     flags += ["--preset", "none", "--precision", "fp32"]
     flags += ["--conditioning_sigma", "3", "--cfg_scale", "5", "--generator_lr", "1e-2"]
     flags += ["--warmup_steps", "0", "--steps", "2", "--dfake_gen_update_ratio", "1", "--sample_every", "2"]
@@ -278,19 +279,12 @@ def test_a_second_signal_ends_the_process_but_not_the_same_one_twice(monkeypatch
 
 
 def test_the_learning_rate_rises_and_then_stays_or_falls_to_zero():
-    args = argparse.Namespace(warmup_steps=10, steps=110, lr_schedule="cosine")
-    rise = [optimizers.lr_factor(step, args) for step in range(10)]
-    assert rise == pytest.approx([0.1 * n for n in range(1, 11)])
-    fall = [optimizers.lr_factor(step, args) for step in (10, 35, 60, 110)]
-    assert fall == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
-    args.lr_schedule = "constant"
-    assert [optimizers.lr_factor(step, args) for step in (9, 10, 109, 500)] == [1, 1, 1, 1]
-    args.warmup_steps = 0
-    assert optimizers.lr_factor(0, args) == 1
-    args = argparse.Namespace(warmup_steps=10, steps=150, lr_schedule="cosine", fit_steps=40)
-    fit = [optimizers.lr_factor(step, args) for step in (0, 10, 20)]
-    assert fit == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5]) and optimizers.lr_factor(39, args) < 0.002
-    assert [optimizers.lr_factor(step, args) for step in (40, 49, 50, 150)] == pytest.approx([0.1, 1, 1, 0])
-    args = argparse.Namespace(warmup_steps=10, steps=200, lr_schedule="cosine", fit_steps=40, gan_steps=50)
-    found = [optimizers.lr_factor(step, args) for step in (40, 50, 100, 149, 159, 160, 180, 200)]
-    assert found == pytest.approx([0.1, 1, 0.5, 0, 0, 1, 0.5, 0], abs=1e-3) and found[4] == 0
+    def factors(*steps, **how):
+        return [optimizers.lr_factor(i, 110, **how) for i in steps]
+
+    cosine = dict(warmup_steps=10, schedule="cosine")
+    assert factors(*range(10), **cosine) == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert factors(10, 35, 60, 110, **cosine) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
+    assert factors(9, 10, 109, 500, warmup_steps=10) == [1, 1, 1, 1] and factors(0) == [1]
+    assert factors(0, 55, schedule="cosine") == pytest.approx([1, 0.5])
+    assert optimizers.lr_factor(0, 0, schedule="cosine") == 1       # a phase without steps

@@ -11,7 +11,6 @@ import train
 import train0
 from support import checkpoint
 
-F_DIV_JS = ["--f_div", "js", "--gen_cls_loss_weight", "1"]
 # A script, flags of a wrong call of it, and what the error line must say.
 WRONG = [
     (train, ["--conditioning_sigma", "-1"], "--conditioning_sigma"),
@@ -20,8 +19,8 @@ WRONG = [
     (train, ["--max_step_percent", "1.5"], "--max_step_percent"),
     (train, ["--fit_steps", "9", "--steps", "8"], "--fit_steps 9 and --gan_steps 0 are more than --steps 8"),
     (train, ["--fit_steps", "4", "--gan_steps", "5", "--steps", "8"], "--gan_steps 5 are more than --steps 8"),
-    (train, ["--gan_steps", "9", "--warmup_steps", "9"], "--gan_steps 9 are not more than --warmup_steps 9"),
-    (train, ["--sigma_min", "90"], "--sigma_min 90.0 is not below --sigma_max 80.0"),
+    (train, ["--gan_steps", "9", "--discriminator_warmup_steps", "9"], "after --discriminator_warmup_steps 9"),
+    (train0, ["--dataset", "shapes", "--sigma_min", "90"], "--sigma_min 90.0 is not below --sigma_max 80.0"),
     (train, ["--dfake_gen_update_ratio", "0"], "--dfake_gen_update_ratio"),
     (train, ["--generator_lr", "inf"], "--generator_lr"),
     (train, ["--teacher", "no_such_run"], "no checkpoint at no_such_run"),
@@ -31,14 +30,9 @@ WRONG = [
     (train, ["--teacher", "{teacher}", "--device", "cuda:99"], "--device: "),
     (train, ["--teacher", "{teacher}", "--guide", "{teacher}"], "--guide needs an --autoguidance_scale"),
     (train, ["--preset", "nothing"], "unknown preset 'nothing'"),
-    (train, ["--run_dir", "{tree}/cat/0.png"], "--run_dir {tree}/cat/0.png is a file"),
+    (train, ["--run_dir", "{tree}/cat/0.png"], "--run_dir: cannot write {tree}/cat/0.png: it is a file"),
     (train, ["--teacher", "{teacher}", "--run_dir", "{teacher}", "--overwrite"], "{teacher} is the teacher's own"),
-    (train, ["--teacher", "{teacher}", "--sigma_max", "40"], "the teacher was trained with --sigma_max 80.0"),
     (train, ["--steps", "9" * 400], "--steps"),
-    (train, ["--teacher", "{teacher}", "--f_div", "kl"], "--f_div kl needs the GAN's head: give --gen_cls_loss_weight"),
-    (train, [*F_DIV_JS, "--diffusion_gan_max_timestep", "900"], "needs the head at every noise: --diffusion_gan_max"),
-    (train, [*F_DIV_JS, "--diffusion_gan_max_timestep", "980"], "needs the head at every noise: --diffusion_gan_max"),
-    (train, ["--f_div", "chi2"], "--f_div"),
     (train, ["--gen_cls_loss_weight", "-1"], "--gen_cls_loss_weight"),
     (train, ["--gen_cls_loss_weight", "1e7"], "--gen_cls_loss_weight: 1e7 is not at least 0 and at most 1000000"),
     (train, ["--generator_lr", "1.5"], "--generator_lr: 1.5 is not above 0 and at most 1"),
@@ -71,24 +65,25 @@ WRONG = [
     (train0, ["--run_dir", "{teacher}", "--resume", "--dataset", "shapes"], "--dataset shapes differs"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--channels", "16"], "--channels 16 differs"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--blocks", "2"], "--blocks 2 differs"),
-    (train0, ["--run_dir", "{teacher}", "--resume", "--accumulate", "3"], "--batch_size 4 cannot be shared out to 1"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--accumulate", "3"], "--batch_size 4 cannot be divided among 1 processes of --accumulate 3"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--seed", "1"], "--seed 1 differs"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--optimizer", "muon"], "--optimizer muon differs"),
     (train, ["--run_dir", "{student}", "--resume", "--teacher", "{tree}"], "--teacher {tree} differs"),
-    (train, ["--f_div", "kl", "--gen_cls_loss_weight", "1", "--accumulate", "2"], "batch, which --accumulate"),
     (train, ["--run_dir", "{student}", "--resume", "--seed", "1"], "--seed 1 differs"),
     (train, ["--run_dir", "{student}", "--resume", "--optimizer", "muon"], "--optimizer muon differs"),
     (train, ["--run_dir", "{student}", "--resume", "--conditioning_sigma", "3"], "--conditioning_sigma 3.0 differs"),
     (train, ["--run_dir", "{student}", "--resume", "--num_denoising_steps", "2"], "--num_denoising_steps 2 differs"),
-    (train, ["--run_dir", "{student}", "--resume", "--sigma_min", "0.1"], "--sigma_min 0.1 differs"),
-    (train, ["--run_dir", "{student}", "--resume", "--sigma_max", "40"], "--sigma_max 40.0 differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--fit_steps", "1"], "--fit_steps 1 differs"),
+    (train, ["--run_dir", "{student}", "--resume", "--gan_steps", "1"], "--gan_steps 1 differs"),
     (train, ["--run_dir", "{teacher}", "--resume"], "{teacher}/checkpoint.pt holds a teacher, but a student"),
     (sample, ["--checkpoint", "no_such_run"], "no checkpoint at no_such_run"),
     (sample, ["--checkpoint", "{teacher}", "--labels", "cow"], "--labels cow: the classes are 0..1: cat, dog"),
-    (sample, ["--checkpoint", "{teacher}", "--out", "no_such_folder/x.png"], "cannot write no_such_folder/x.png"),
+    (sample, ["--checkpoint", "{teacher}", "--out", "{tree}/cat/0.png/x.png"], "--out: '{tree}/cat/0.png/x.png'"),
+    (sample, ["--checkpoint", "{teacher}", "--out", "{tree}"], "--out: {tree} does not end in .png"),
+    (sample, ["--checkpoint", "{teacher}", "--npz", "{tree}"], "--npz: cannot write {tree}: it is a folder"),
     (sample, ["--checkpoint", "{teacher}", "--num_images", "0"], "--num_images"),
-    (sample, ["--checkpoint", "{teacher}", "--walk", "walk.png"], "--walk walk.png does not end in .gif"),
-    (sample, ["--checkpoint", "{teacher}", "--images", "{tree}/cat/0.png"], "cannot write into --images {tree}/cat"),
+    (sample, ["--checkpoint", "{teacher}", "--walk", "walk.png"], "--walk: walk.png does not end in .gif"),
+    (sample, ["--checkpoint", "{teacher}", "--images", "{tree}/cat/0.png"], "--images: cannot write {tree}/cat/0.png: it is a file"),
 ]
 
 

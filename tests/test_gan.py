@@ -1,14 +1,16 @@
-"""The GAN alone that a distillation may end with: its losses, its steps in train.py, and what it is for."""
+"""The GAN phase: its discriminator, its losses, its steps, and the average of the weights that it leaves."""
 
 import copy
+import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call, log_of, trained_net
+from conftest import TINY, call, interrupted, log_of, read_bytes, trained_net
 
 import train
-from guidance import Discriminator, FeatureHead, GuidanceModel
+from gan import Discriminator, FeatureHead, compute_gan_losses
+from guidance import GuidanceModel
 from support import checkpoint, data, networks
 from support.randomness import StepRandom
 from unified_model import UnifiedModel
@@ -31,17 +33,19 @@ def test_a_head_is_a_projection_of_its_layers_mean_on_the_class():
 
 @pytest.mark.formula
 def test_the_losses_are_the_hinges_of_logits_on_the_frozen_teachers_features():
-    guidance = GuidanceModel(trained_net(channels=8), discriminator=True, diffusion_gan_max_timestep=300)
+    net = trained_net(channels=8)
+    guidance = GuidanceModel(net, diffusion_gan_max_timestep=300)
+    discriminator = Discriminator(net.feature_channels, 10)
     x_gen, x_real = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
     rng, logits = StepRandom(5, 0), []
     for x, labels in ((x_gen, LABELS), (x_real, REAL_LABELS)):
         sigma = guidance.sigmas[rng.integers(0, 299, 4, 1, 1, 1)]
         features = guidance.real_unet(x + sigma * rng.normal(4, 3, 32, 32), sigma, labels, return_features=True)
-        logits.append(20 * guidance.discriminator(features, labels))    # [4, 4], on both sides of the hinges
-        assert (guidance.discriminator(features, labels.flip(0)) - logits[-1] / 20).abs().max() > 1e-3     # y matters
-    forward = guidance.discriminator.forward
-    guidance.discriminator.forward = lambda *args: 20 * forward(*args)
-    losses, log = guidance.compute_gan_losses(x_gen, LABELS, x_real, REAL_LABELS, StepRandom(5, 0))
+        logits.append(20 * discriminator(features, labels))             # [4, 4], on both sides of the hinges
+        assert (discriminator(features, labels.flip(0)) - logits[-1] / 20).abs().max() > 1e-3              # y matters
+    forward = discriminator.forward
+    discriminator.forward = lambda *args: 20 * forward(*args)
+    losses, log = compute_gan_losses(guidance, discriminator, x_gen, LABELS, x_real, REAL_LABELS, StepRandom(5, 0))
     fake, real = logits
     assert (1 + fake).min() < 0 < (1 + fake).max() and (1 - real).min() < 0 < (1 - real).max()
     torch.testing.assert_close(losses["loss_gan"], -fake.mean())
@@ -50,32 +54,35 @@ def test_the_losses_are_the_hinges_of_logits_on_the_frozen_teachers_features():
     torch.testing.assert_close(log["logit_real"], real.mean().detach())
 
 
-def test_each_loss_moves_its_own_side_alone():
-    model = UnifiedModel(trained_net(channels=8), discriminator=True)
+def test_each_loss_trains_its_own_side():
+    net = trained_net(channels=8)
+    model, discriminator = UnifiedModel(net), Discriminator(net.feature_channels, 10)
     generator, guidance = model.feedforward_model, model.guidance_model
     for loss, moved, still in (
-        ("loss_gan", generator, guidance.discriminator), ("loss_discriminator", guidance.discriminator, generator),
+        ("loss_gan", generator, discriminator), ("loss_discriminator", discriminator, generator),
     ):
-        model.zero_grad()
+        for network in model, discriminator:
+            network.zero_grad()
         x_gen = model.generate(torch.randn(4, 3, 32, 32), LABELS)
-        losses, _ = model.gan_turn(x_gen, LABELS, torch.randn(4, 3, 32, 32), REAL_LABELS)
+        losses, _ = compute_gan_losses(
+            guidance, discriminator, x_gen, LABELS, torch.randn(4, 3, 32, 32), REAL_LABELS)
         losses[loss].backward()
         assert sum(p.grad.abs().sum() for p in moved.parameters()) > 0
         assert all(p.grad is None for p in still.parameters())
         for network in guidance.real_unet, guidance.fake_unet:
             assert all(p.grad is None for p in network.parameters())
-    assert not any("discriminator" in name for name in UnifiedModel(trained_net(channels=8)).state_dict())
 
 
 @pytest.mark.formula
-def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, trained_teacher):
+def test_the_last_steps_train_with_the_gan_loss_only(tmp_path, tree, trained_teacher):
     flags = ["--preset", "none", "--teacher", trained_teacher, "--batch_size", "4", "--device", "cpu"]
     flags += ["--precision", "fp32", "--log_every", "1", "--warmup_steps", "2", "--seed", "7", "--flip", "1"]
     flags += ["--conditioning_sigma", "3", "--generator_lr", "1e-3", "--ema_decay", "0.5"]
     flags += ["--dfake_gen_update_ratio", "1", "--run_dir", str(tmp_path)]
     assert call(train, *flags, "--steps", "2") == 0
     before = checkpoint.load(tmp_path)
-    last = ["--gan_steps", "5", "--gan_lr", "2e-3", "--discriminator_lr", "5e-3", "--diffusion_gan_max_timestep", "300"]
+    last = ["--gan_steps", "5", "--discriminator_warmup_steps", "2", "--gan_lr", "2e-3", "--discriminator_lr", "5e-3"]
+    last += ["--diffusion_gan_max_timestep", "300"]
     assert call(train, *flags, "--steps", "7", *last, "--overwrite") == 0
     rows, state = log_of(tmp_path), checkpoint.load(tmp_path)
     assert ["loss_fake" in row for row in rows] == [True] * 2 + [False] * 5
@@ -83,15 +90,15 @@ def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, trained_teacher):
 
     net, real_unet = networks.averaged(before), networks.averaged(checkpoint.load(trained_teacher))
     torch.manual_seed(7)
-    guidance = GuidanceModel(real_unet, discriminator=True, diffusion_gan_max_timestep=300)
-    guidance = guidance.to(memory_format=torch.channels_last)
-    generator, heads = net.train().requires_grad_(True), guidance.discriminator
-    way = [before["model_ema"]]                     # what the mean is of: the student before the GAN, and each turn's
+    guidance = GuidanceModel(real_unet, diffusion_gan_max_timestep=300)
+    discriminator = Discriminator([16, 32, 64, 64], 2).to(memory_format=torch.channels_last)
+    generator = net.train().requires_grad_(True)
+    averaged = [before["model_ema"]]                # the EMA before the phase, then the weights after each of its steps
     for key, weight in generator.state_dict().items():
         weight.copy_(before["model"][f"feedforward_model.{key}"])
-    adam, adam_heads = (
+    adam, discriminator_adam = (
         torch.optim.Adam(network.parameters(), lr=rate, betas=(0.0, 0.99))
-        for network, rate in ((generator, 2e-3), (heads, 5e-3))
+        for network, rate in ((generator, 2e-3), (discriminator, 5e-3))
     )
     batches = data.Batches(data.load("folder", tree), 4, 7, "cpu")
     for step in range(2, 7):
@@ -101,38 +108,49 @@ def test_the_last_steps_are_of_the_gan_alone(tmp_path, tree, trained_teacher):
         x_gen = generator(3 * z, 3.0, labels)
         x_real, real_labels = batches(step)
         x_real = torch.where(rng.uniform(4, 1, 1, 1) < 0.5, x_real.flip(-1), x_real)
-        losses, _ = guidance.compute_gan_losses(x_gen, labels, x_real, real_labels, rng)
+        losses, _ = compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labels, rng)
         for key, value in losses.items():
             assert rows[step][key] == pytest.approx(value.item(), rel=1e-3, abs=1e-4)
-        for network in generator, heads:
+        for network in generator, discriminator:
             network.zero_grad()
         sum(losses.values()).backward()
-        adam_heads.step()
-        if step >= 4:                               # before that the discriminator learns alone
+        discriminator_adam.step()
+        if step >= 4:                               # after the discriminator warm-up
             adam.step()
-            way.append(copy.deepcopy(generator.state_dict()))
-    mean = {key: sum(weights[key] for weights in way) / len(way) for key in way[0]}
-    assert len(way) == 4
+            averaged.append(copy.deepcopy(generator.state_dict()))
+    mean = {key: sum(weights[key] for weights in averaged) / 4 for key in averaged[0]}
+    assert len(averaged) == 4
     for key, value in mean.items():
         torch.testing.assert_close(state["model_ema"][key], value, rtol=1e-3, atol=2e-4)
-    for key, value in heads.state_dict().items():
-        torch.testing.assert_close(
-            state["model"][f"guidance_model.discriminator.{key}"], value, rtol=1e-3, atol=2e-4
-        )
-    for network in ("fake_unet", "real_unet"):      # which stay as they were
+    for key, value in discriminator.state_dict().items():
+        torch.testing.assert_close(state["discriminator"][key], value, rtol=1e-3, atol=2e-4)
+    for network in ("fake_unet", "real_unet"):      # these do not train
         for key, value in before["model"].items():
             if f".{network}." in key:
                 assert torch.equal(state["model"][key], value)
 
 
-def test_a_run_goes_on_as_a_gan_and_stays_whole_without(tmp_path, trained_teacher):
-    run, few = tmp_path / "run", ["--device", "cpu", "--resume", "--run_dir", str(tmp_path / "run")]
-    first = ["--teacher", trained_teacher, *TINY, "--steps", "2", "--log_every", "1"]
-    assert call(train, *first, "--run_dir", str(run)) == 0
-    assert call(train, *few, "--steps", "4", "--gan_steps", "2", "--warmup_steps", "1") == 0
-    heads = {key: value for key, value in checkpoint.load(run)["model"].items() if ".discriminator." in key}
-    assert call(train, *few, "--steps", "6", "--gan_steps", "0") == 0
-    assert ["loss_gan" in row for row in log_of(run)] == [False, False, True, True, False, False]
-    state = checkpoint.load(run)
-    assert heads and all(torch.equal(state["model"][key], value) for key, value in heads.items())
-    assert state["batches"]["step"] == 4
+def test_a_run_whose_gan_phase_has_begun_keeps_its_steps(tmp_path, trained_teacher, monkeypatch, capsys):
+    run = str(tmp_path / "run")
+    flags = ["--teacher", trained_teacher, *TINY, "--run_dir", run, "--log_every", "1"]
+    interrupted(monkeypatch, train, 1, signal.SIGTERM)
+    assert call(train, *flags, "--steps", "6", "--gan_steps", "3", "--discriminator_warmup_steps", "1") == 143
+    resumed = ["--run_dir", run, "--resume", "--device", "cpu"]     # 2 of 6 steps are done, the GAN phase begins at 3
+    for steps, begins in (("4", False), ("5", True), ("7", True)):
+        monkeypatch.setattr(train, "StepRandom", StepRandom)
+        args = ["--steps", steps, "--max_minutes", "1e-9"]
+        assert call(train, *resumed, *args) == (0 if begins else 2), steps
+        err = capsys.readouterr().err
+        assert begins or "--steps 4: with --gan_steps 3 the GAN phase would begin" in err
+        if begins:                                  # stopped after one step
+            break
+    assert checkpoint.load(run)["step"] == 3 and checkpoint.load(run)["settings"]["steps"] == 5
+    for steps in ("4", "6"):                        # the phase began at step 2
+        assert call(train, *resumed, "--steps", steps) == 2
+        assert f"--steps {steps}: with --gan_steps 3 the GAN phase would begin" in capsys.readouterr().err
+    assert call(train, *resumed) == 0
+    assert ["loss_gan" in row for row in log_of(run)] == [False] * 2 + [True] * 3
+    before = read_bytes(f"{run}/checkpoint.pt")
+    assert call(train, *resumed, "--steps", "9") == 2 and "--init" in capsys.readouterr().err
+    assert call(train, *resumed, "--gan_steps", "1") == 2 and "--gan_steps 1 differs" in capsys.readouterr().err
+    assert read_bytes(f"{run}/checkpoint.pt") == before
