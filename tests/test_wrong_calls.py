@@ -65,7 +65,7 @@ WRONG = [
     (train0, ["--run_dir", "{teacher}", "--resume", "--dataset", "shapes"], "--dataset shapes differs"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--channels", "16"], "--channels 16 differs"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--blocks", "2"], "--blocks 2 differs"),
-    (train0, ["--run_dir", "{teacher}", "--resume", "--accumulate", "3"], "--batch_size 4 cannot be divided among 1 processes of --accumulate 3"),
+    (train0, ["--run_dir", "{teacher}", "--resume", "--accumulate", "3"], "among 1 processes of --accumulate 3"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--seed", "1"], "--seed 1 differs"),
     (train0, ["--run_dir", "{teacher}", "--resume", "--optimizer", "muon"], "--optimizer muon differs"),
     (train, ["--run_dir", "{student}", "--resume", "--teacher", "{tree}"], "--teacher {tree} differs"),
@@ -83,7 +83,7 @@ WRONG = [
     (sample, ["--checkpoint", "{teacher}", "--npz", "{tree}"], "--npz: cannot write {tree}: it is a folder"),
     (sample, ["--checkpoint", "{teacher}", "--num_images", "0"], "--num_images"),
     (sample, ["--checkpoint", "{teacher}", "--walk", "walk.png"], "--walk: walk.png does not end in .gif"),
-    (sample, ["--checkpoint", "{teacher}", "--images", "{tree}/cat/0.png"], "--images: cannot write {tree}/cat/0.png: it is a file"),
+    (sample, ["--checkpoint", "{teacher}", "--images", "{tree}/cat/0.png"], "--images: cannot write {tree}/cat/0.png"),
 ]
 
 
