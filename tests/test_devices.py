@@ -1,9 +1,11 @@
 """Both phases, a resume, measurements and sampling on each kind of device that is here: a GPU's, where there is one."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, TINY, call, teacher_flags
+from conftest import DEVICES, TINY, call, interrupted, teacher_flags
 
 import sample
 import train
@@ -23,10 +25,12 @@ def test_every_part_runs_there_and_the_images_are_those_of_the_cpu(tmp_path, man
     every_loss = ["--gen_cls_loss_weight", "1e-2", "--max_step_percent", "1"]
     every_loss += ["--cfg_scale", "2", "--cfg_interval", "0.1", "10", "--fake_noise", "dm"]
     every_loss += ["--autoguidance_scale", "2", "--warmup_steps", "0"]
-    every_loss += ["--gan_steps", "1", "--discriminator_warmup_steps", "0"]
+    every_loss += ["--gan_steps", "2", "--discriminator_warmup_steps", "0"]
     second = ["--teacher", a, "--run_dir", b, "--num_denoising_steps", "2", *every_loss]
-    assert call(train, *TINY, *second, *measured, *there, "--steps", "2") == 0
-    assert call(train, "--run_dir", b, "--resume", "--steps", "4", *there) == 0
+    with monkeypatch.context() as patch:
+        interrupted(patch, train, 1, signal.SIGTERM)
+        assert call(train, *TINY, *second, *measured, *there, "--steps", "4") == 143
+    assert call(train, "--run_dir", b, "--resume", *there) == 0
     assert checkpoint.load(b)["step"] == 4 and checkpoint.load(tmp_path / "b" / "best.pt")["best"]["distance"] > 0
 
     for run in (a, b):

@@ -203,7 +203,7 @@ def test_one_death_ends_the_others_and_a_stop_stops_all(tmp_path):
 def test_a_batch_that_cannot_be_shared_out_is_one_line(tmp_path):
     process = torchrun("train0.py", *TEACHER, "--batch_size", "5", "--run_dir", str(tmp_path / "run"))
     out, _ = process.communicate(timeout=120)
-    said = "--batch_size 5 cannot be shared out to 2 processes"
+    said = "--batch_size 5 cannot be divided among 2 processes"
     assert process.returncode == 1 and out.count(f"train0.py: error: {said}") == 1
     assert said in "".join(out.splitlines()[-2:])   # after torchrun's own traceback
     assert not (tmp_path / "run").exists()

@@ -314,7 +314,7 @@ def test_its_turns_are_timed(tmp_path):
     assert call(benchmark, *flags, "--out", str(out)) == 0
     flops = {name: part["gflop_per_image"] for name, part in json.loads(out.read_text())["parts"].items()}
     # In units of one evaluation: the teacher 1, fake_unet 1 and 3, the generator 3; in the other turn its image alone.
-    assert set(flops) == {"both_turns", "guidance_turn"}
+    assert set(flops) == {"both_turns", "guidance_turn", "gan_turn"}
     assert flops["both_turns"] / flops["guidance_turn"] == pytest.approx(8 / 4, rel=0.02)
 
 

@@ -86,7 +86,7 @@ def test_a_small_disk_stops_the_run_in_one_line_and_a_read_only_one_refuses_it(s
     assert code == 1 and len(lines) == 1 and "stands" in lines[0] and read_bytes(f"{run}/checkpoint.pt") == before
     (small_disk / "others").unlink()
     code, lines = said(train0, "--run_dir", str(read_only / "run"), "--resume", "--steps", "6")
-    assert code == 2 and len(lines) == 1 and f"--run_dir {read_only}/run cannot be written" in lines[0]
+    assert code == 2 and len(lines) == 1 and f"--run_dir: cannot write {read_only}/run: " in lines[0]
     assert call(train0, "--run_dir", run, "--resume", "--steps", "6", "--device", "cpu") == 0
 
 

@@ -52,7 +52,7 @@ def test_a_run_says_what_it_is_made_of_and_notices_that_it_has_changed(tmp_path,
     shutil.copy(tree / "cat" / "0.png", tree / "cat" / "9.png")
     assert call(train0, "--run_dir", a, "--resume", "--device", "cpu", "--steps", "3", "--batch_size", "2") == 0
     err = capsys.readouterr().err
-    assert "the images are not those that the run had before" in err and "the batches were of 4 images before" in err
+    assert "the images are not those that the run had before" in err and "--batch_size was 4 before" in err
     assert call(train, *resumed, "4") == 0
     assert f"note: {a} is another teacher now" in capsys.readouterr().err
     shutil.rmtree(a)
