@@ -46,7 +46,7 @@ class PointNet(Denoiser):
         label_dim: number of classes.
     """
 
-    bottleneck_size = 4
+    bottleneck_size = 1
 
     def __init__(self, width, label_dim):
         super().__init__()
@@ -67,9 +67,7 @@ class PointNet(Denoiser):
         for layer in self.layers:
             h = h + layer(F.silu(h + emb))                                          # [B, width]
             features.append(h[:, :, None, None])
-        if return_features:                         # the classifier head takes a bottleneck of 4x4: the same everywhere
-            return [*features[:-1], features[-1].expand(-1, -1, 4, 4)]
-        return self.out(F.silu(h))[:, :, None, None]
+        return features if return_features else self.out(F.silu(h))[:, :, None, None]
 
 
 def train_teacher(data, width, seed, label_dropout=0.1):
@@ -87,8 +85,11 @@ def train_teacher(data, width, seed, label_dropout=0.1):
 
 
 def wrong(data):
-    """The data as a bad teacher knows it: every second mode has a tenth of its weight."""
-    weights = torch.where(data.modes % 2 == 0, data.weights, data.weights / 10)
+    """The data as a bad teacher knows it: of each class, every second mode has a tenth of its weight."""
+    weights = data.weights.clone()
+    for label in range(data.num_classes):
+        rare = data.modes[data.classes == label].unique()[1::2]
+        weights[torch.isin(data.modes, rare)] /= 10
     return Mixture(data.means, data.stds, weights.tolist(), data.classes.tolist(), data.modes.tolist())
 
 
@@ -215,7 +216,7 @@ def parse_args(argv=None):
     add("--without", choices=["fake_unet"], help="leave this out; default: nothing")
     add("--seeds", type=flags.natural, nargs="+", default=[0], help="a run each; the pictures are of the first")
     add("--width", type=flags.number(int, 8), default=64, help="of the MLPs, a multiple of 8")
-    add("--steps", type=flags.count, default=1500, help="of the student, in all phases")
+    add("--steps", type=flags.count, default=2500, help="of the student, in all phases")
     add("--out", type=flags.output(suffix=".gif"), default="runs/plane.gif",
         help="the animation; its last frame goes beside it as .png")
     add("--picture", action="store_true", help="only the last frame")
@@ -252,12 +253,11 @@ def run(args, seed, draw):
         if step < args.steps:
             phase, _ = student.step(step)
     x, data = student.points(), student.data
-    near = data.log_components(x.flatten(1), torch.zeros(1, 1), torch.full((len(x),), -1)).argmax(1)
-    off = (x.flatten(1) - data.means[near]).square().mean(1)
-    spread = (off.mean() / (data.stds[near] ** 2).mean()).sqrt().item()
     error = max(abs(a - b) for a, b in zip(history[-1]["shares"], data.true_shares().tolist(), strict=True))
     floor = sliced_distance(data.sample(EVAL_POINTS, StepRandom(seed + EVAL_SEED, 2))[0], student.real)
-    return dict(history[-1], spread=spread, error=error, floor=floor, num_modes=data.num_modes)
+    outside = 1 - sum(history[-1]["shares"])
+    return dict(history[-1], width=data.width_ratio(x), error=error, outside=outside, floor=floor,
+                num_modes=data.num_modes)
 
 
 def main(argv=None):
@@ -275,10 +275,11 @@ def main(argv=None):
         found.append(run(args, seed, draw))
         last = found[-1]
         print(f"{args.data}, seed {seed}: distance {last['distance']:.4f} (data against data {last['floor']:.4f}), "
-              f"{last['modes']} of {last['num_modes']} modes, largest error of a mode's share {last['error']:.3f}, "
-              f"width {last['spread']:.2f} of the data's; {time.perf_counter() - began:.0f} s", flush=True)
+              f"{last['modes']} of {last['num_modes']} modes, error of a share {last['error']:.3f}, width "
+              f"{last['width']:.2f} of the data's, outside {last['outside']:.3f}; {time.perf_counter() - began:.0f} s",
+              flush=True)
     if len(found) > 1:
-        for name in ("distance", "modes", "error", "spread"):
+        for name in ("distance", "modes", "error", "width", "outside"):
             values = [float(row[name]) for row in found]
             print(f"{name} {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}")
     files.write(Path(args.out).with_suffix(".png"), lambda file: frames[-1].save(file, format="png"))
