@@ -17,6 +17,8 @@ from support import checkpoint, files, processes
 from support.errors import UsageError
 from support.pictures import class_grid, side_by_side
 
+LOCKS = {}                                          # path -> file, of the locks that this process has taken
+
 
 class RunInUseError(UsageError):
     """Another process writes to the run folder; the message names that process."""
@@ -38,7 +40,10 @@ class RunFolder:
         if not processes.MAIN:
             return
         (self.path / "grids").mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / "lock", "ab")  # noqa: SIM115  stays open; the system releases it
+        place = (self.path / "lock").resolve()
+        if place in LOCKS:                          # of a run that failed in this process, in a notebook for instance
+            LOCKS[place].close()
+        self.lock = LOCKS[place] = open(place, "ab")            # noqa: SIM115  stays open; the system releases it
         writer = self.path / "lock.txt"             # beside it, as Windows lets nobody read a locked file
         try:
             locked = filelock.lock_descriptor(self.lock.fileno(), blocking=False)

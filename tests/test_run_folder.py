@@ -76,6 +76,14 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
     assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 0
 
 
+def test_a_run_that_failed_in_this_process_does_not_keep_the_folder(tmp_path, tree, monkeypatch):
+    flags = [*teacher_flags(tree), "--steps", "1", "--run_dir", str(tmp_path / "a")]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as kept:             # as a notebook keeps it
+        patch.setattr(run_folder.RunFolder, "begin", lambda *args: 1 / 0)
+        train0.main(flags)
+    assert call(train0, *flags, "--overwrite") == 0 and kept.value.__traceback__
+
+
 @pytest.mark.parametrize("flags", [["--resume"], []], ids=["resumed", "fresh"])
 def test_a_save_between_reading_and_locking_the_folder_is_not_lost(flags, tmp_path, tree, capsys, monkeypatch):
     run, other = str(tmp_path / "a"), str(tmp_path / "b")
