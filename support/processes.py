@@ -19,9 +19,7 @@ def number(name):
 
 
 def misled():
-    """Why this process cannot find those that were started with it: one line, or None where torchrun started it alone
-    or with others, or nothing says that there are others.
-    """
+    """Why this process cannot work together with those that were started with it, in one line; None where it can."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         unset = [name for name in NAMES if not os.environ.get(name, "").isdecimal()]
         return f"TORCHELASTIC_RUN_ID is set but not {unset[0]}: start with torchrun, or unset it" if unset else None

@@ -57,7 +57,7 @@ class RunFolder:
             raise RunInUseError(f"another process has saved to {path} just now: start again")
         name = f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         files.write(writer, lambda file: file.write(name.encode()))
-        for name in (*checkpoint.NAMES, checkpoint.LOG):       # leftovers of a killed save
+        for name in (*checkpoint.NAMES, checkpoint.LOG, writer.name):       # leftovers of a killed save
             for file in self.path.glob(f"{name}.*tmp"):
                 file.unlink()
 
