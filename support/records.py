@@ -26,7 +26,7 @@ def git_commit():
     """The commit of this code and whether files differ from it; None outside a repository."""
     try:
         def git(*words):
-            done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, encoding="utf-8", check=True)
             return done.stdout.strip()
 
         return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no")))
