@@ -7,11 +7,15 @@
 import datetime
 import hashlib
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 
 LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
+if LAUNCHED and "RANK" not in os.environ:           # as a shell does that torchrun has not started
+    print("error: TORCHELASTIC_RUN_ID is set, but RANK is not: unset it, or start with torchrun", file=sys.stderr)
+    sys.exit(2)
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
     int(os.environ[name]) if LAUNCHED else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
