@@ -99,7 +99,7 @@ def restarted():
 def check_folder(args, found, go_on):
     """Raise UsageError unless a run may begin in --run_dir, or go on from the checkpoint found there."""
     folder = Path(args.run_dir)
-    left = [name for name in (checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG) if (folder / name).exists()]
+    left = [name for name in (*checkpoint.NAMES[1:], checkpoint.LOG) if (folder / name).exists()]
     if left and not found and not args.overwrite:   # a new run would delete them
         raise UsageError(f"{folder} holds {left[0]} but no {checkpoint.NAME}: --overwrite starts anew in it")
     if found and not go_on and not args.overwrite:

@@ -45,7 +45,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
     assert [row["step"] for row in log_of(run)] == [2, 3]
 
 
-@pytest.mark.parametrize("name", ["best.pt", "guide.pt", "log.jsonl"])
+@pytest.mark.parametrize("name", ["best.pt", "guide.pt", "previous.pt", "log.jsonl"])
 def test_a_folder_with_the_rest_of_a_run_is_not_taken_for_a_new_one(tmp_path, tree, capsys, name):
     run = tmp_path / "a"
     run.mkdir()
