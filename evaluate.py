@@ -11,6 +11,10 @@ those of equal --num_images compare. Below 10,000 the name says how many they we
 distance of as many of the real images, equally many of each class.
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
+
 import hashlib
 import sys
 import time

@@ -44,9 +44,10 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, channels, size=4):
         super().__init__()
+        halve = [nn.Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU()]
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU(),
-            nn.Conv2d(channels, channels, size // 2), group_norm(channels), nn.SiLU(),
+            *(halve if size > 1 else []),           # one pixel is as small as it gets
+            nn.Conv2d(channels, channels, max(1, size // 2)), group_norm(channels), nn.SiLU(),
             nn.Conv2d(channels, 1, 1),
         )
 

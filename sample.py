@@ -11,6 +11,11 @@ Image i depends only on --seed, i and its label. Without --labels its class is i
 each row of the grid is one class.
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
+
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +27,7 @@ from tqdm import tqdm
 
 from support import checkpoint, errors, files, flags, hardware, pictures, processes, resume, sampling, teachers
 from support.data import to_float
+from support.image_files import few
 
 GRID_IMAGES, GRID_ROWS = 1000, 100                  # at most, in a grid
 WALK_FRAMES, WALK_MILLISECONDS = 30, 60             # of --walk in one direction; how long each is shown
@@ -74,8 +80,12 @@ def class_indices(names, classes):
 @processes.main_only
 def write_images(folder, images, names):
     """Write images, uint8 [N, 3, 32, 32], as folder/<name>_<index>.png."""
+    prefixes = {name: files.portable(f"{name}_") for name in names}
+    changed = [f"{name} as {prefix[:-1]}" for name, prefix in prefixes.items() if prefix != f"{name}_"]
+    if changed:
+        print(f"note: in the file names of --images: {few(changed)}", file=sys.stderr)
     for i, (pixels, name) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), names, strict=True)):
-        path = Path(folder, f"{name}_{i:05d}.png".replace("/", "_"))
+        path = Path(folder, f"{prefixes[name]}{i:05d}.png")
         files.write(path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, format="png"))
 
 

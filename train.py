@@ -13,6 +13,10 @@ The losses show no progress, as each chases a moving target: look at runs/dmd2/g
 student's from the same noise. Losses and speed: runs/dmd2/log.jsonl, tensorboard --logdir runs
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
+
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial

@@ -8,6 +8,10 @@
 Losses, speed and grids: runs/teacher/log.jsonl, runs/teacher/grids/*.png, tensorboard --logdir runs. Flags: settings.py
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
+
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass

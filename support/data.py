@@ -112,7 +112,8 @@ def load_folder(root, split):
 
 
 def class_folders(root):
-    return sorted(path for path in root.glob("[!.]*") if path.is_dir())
+    folders = (path for path in root.glob("[!.]*") if path.is_dir())
+    return sorted(folders, key=lambda path: path.name)          # Windows would put Cat and cat together
 
 
 def to_float(images):

@@ -27,7 +27,12 @@ class RunError(Exception):
 def run(main):
     """Call a script's main() and turn the errors that a user can cause into one line and an exit code."""
     script = Path(sys.argv[0]).name
+    for stream in sys.stdout, sys.stderr:           # print every name, also one that the terminal has no letters for
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if processes.MISLED:
+            raise UsageError(processes.MISLED)
         main()
         sys.exit()
     except SystemExit:
@@ -59,5 +64,5 @@ def run(main):
         print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr, flush=True)
     if processes.LAUNCHED and os.environ.get("TORCHELASTIC_ERROR_FILE"):        # for torchrun's last report
         report = dict(message=dict(message=line, extraInfo=dict(timestamp=str(int(time.time())))))
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report), encoding="utf-8")
     sys.exit(code)

@@ -2,9 +2,17 @@
 
 import errno
 import os
+import re
+import time
 from pathlib import Path
 
 from support import processes
+
+# Windows does not replace a file while another program has it open: try again after so many seconds.
+PAUSES = 0.1, 0.2, 0.4, 0.8
+# What a file name on Windows cannot hold, and what it cannot be up to its first dot.
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?= *(\.|$))", re.IGNORECASE)
 
 
 @processes.main_only
@@ -25,15 +33,35 @@ def write(path, writer):
             writer(file)
             file.flush()
             os.fsync(file.fileno())                 # the data must be on disk before the name is
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
+def replace(source, path):
+    """os.replace that waits, for a second or two, for a reader of path to close it."""
+    for pause in (*PAUSES, None):
+        try:
+            return os.replace(source, path)
+        except PermissionError as error:
+            if pause is None:
+                reason = f"{error.strerror} (does another program have it open?)"
+                raise PermissionError(error.errno, reason, str(path)) from error
+            time.sleep(pause)
+
+
+def portable(name):
+    """The file name that every system can have: a_b.png for a:b.png, con_.x.png for con.x.png."""
+    return RESERVED.sub(r"\1_", FORBIDDEN.sub("_", name))
+
+
 def sync_folder(path):
-    """Flush a folder's names to disk where its file system can; some network file systems cannot."""
-    folder = os.open(path, os.O_RDONLY)
+    """Flush a folder's names to disk where that can be done: not on Windows, nor on some network file systems."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:                         # Windows opens no folders
+        return
     try:
         os.fsync(folder)
     except OSError as error:

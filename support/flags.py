@@ -118,7 +118,7 @@ def output(kind="file", suffix="", new=False):
 def add_common(parser, compile=False):
     """Flags of every script; compile: the default of --compile, None where the device decides."""
     parser.add_argument("--seed", type=natural, default=0, help="of everything random")
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto (CUDA or MPS if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "fp16", "tf32", "fp32"], default="auto",
         help="of the networks: auto is bf16 where the hardware has it, else float32; fp16 is for older GPUs; weights "

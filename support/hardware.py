@@ -3,9 +3,13 @@
 import contextlib
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
+
+try:
+    import resource
+except ModuleNotFoundError:                         # on Windows
+    resource = None
 
 import numpy as np
 import torch
@@ -23,18 +27,27 @@ def start(args):
     if picked.type == "cpu" and torch.get_num_threads() > 1 and others_run() and processes.MAIN:
         print("note: other programs are running; with GOMP_SPINCOUNT=2000 in the environment waiting threads sleep "
               "instead of spinning, which can be many times as fast", file=sys.stderr)
+    if picked.type == "mps":
+        number = "bf16" if uses_bf16(picked, args.precision) else "fp16" if args.precision == "fp16" else "float32"
+        print(f"--device mps, in {number}; operators that MPS lacks run on the CPU (--device cpu: all do)")
     processes.start()
     return picked
 
 
 def others_run():
     """Whether other programs compute now and the threads of this one would wait busily; False where that is unknown."""
-    said, found = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ), Path("/proc/loadavg")
-    return not said and found.exists() and int(found.read_text().split()[3].split("/")[0]) > 1
+    said, load = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ), proc("loadavg")
+    return bool(load) and not said and int(load.split()[3].split("/")[0]) > 1
+
+
+def proc(name):
+    """The text of Linux's file /proc/<name>, "" where there is none."""
+    path = Path("/proc", name)
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def pick_device(name, precision="auto"):
-    """The torch.device for --device; "auto" prefers CUDA. Under torchrun: the GPU of this process.
+    """The torch.device for --device; "auto" takes CUDA, else MPS, else the CPU. Under torchrun: this process's GPU.
 
     Raises ValueError if it is not there.
 
@@ -44,7 +57,9 @@ def pick_device(name, precision="auto"):
     be deterministic: EDMUNet's attention runs as plain matrix products.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps() else "cpu"
+    if processes.WORLD > 1 and name == "mps":
+        raise ValueError("'mps' is for one process, without torchrun")
     if processes.WORLD > 1 and name.startswith("cuda"):
         if name != "cuda" or torch.cuda.device_count() < processes.LOCAL_WORLD:
             found = f"{torch.cuda.device_count()} GPUs for {processes.LOCAL_WORLD} processes"
@@ -64,6 +79,11 @@ def pick_device(name, precision="auto"):
     for fused in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
     return device
+
+
+def has_mps():
+    """Whether --device auto takes MPS, a Mac's GPU, whose tensors torch.distributed cannot add up."""
+    return processes.WORLD == 1 and torch.backends.mps.is_available()
 
 
 def allow_tf32(allowed):
@@ -89,7 +109,7 @@ def has_fast_bf16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        flags = proc("cpuinfo")
         return "avx512_bf16" in flags or "amx_bf16" in flags
     return False
 
@@ -105,18 +125,24 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if uses_bf16(device, precision) else contextlib.nullcontext()
 
 
-def peak_memory_mib(device):
-    """Peak memory of this process so far, MiB: GPU memory on a GPU, else resident memory."""
+def peak_memory(device):
+    """dict(memory_mib=...), the peak memory of this process so far: on CUDA the GPU's, else resident memory.
+
+    Empty on Windows, where Python's library cannot tell.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return dict(memory_mib=torch.cuda.max_memory_allocated(device) / 2**20)
+    if resource is None:
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(memory_mib=peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def environment(device):
     """What a result may depend on besides the code: a dict for the JSON of results."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    if device.type == "cpu":
+        lines = proc("cpuinfo").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     return dict(hardware=name, threads=torch.get_num_threads(), processes=processes.WORLD, versions=versions)

@@ -61,7 +61,7 @@ def find(folder, seen=None):
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(place, name) for name in names if not name.startswith(".")]
-    files.sort()
+    files.sort(key=lambda file: file.parts)         # Windows would put Cat and cat together
     return [file for file in files if is_image(file)], [file for file in files if not is_image(file)]
 
 

@@ -117,7 +117,15 @@ class Axes:
         return all(low <= v <= high for v, (low, high) in zip(point, self.ranges, strict=True))
 
 
-def save_gif(frames, file, milliseconds=90, colours=48):
+def side_by_side(pictures):
+    """Pictures of one height in a row."""
+    row = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height), "white")
+    for i, picture in enumerate(pictures):
+        row.paste(picture, (sum(earlier.width for earlier in pictures[:i]), 0))
+    return row
+
+
+def save_gif(frames, file, milliseconds=90, colours=32):
     """Write pictures as an endless animation of few colours; the last one stays for two seconds."""
     palette = frames[-1].quantize(colours, dither=Image.Dither.NONE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)

@@ -64,12 +64,22 @@ class Mixture(nn.Module):
         """The weight of each class [C]."""
         return torch.zeros(self.num_classes).index_add(0, self.classes, self.weights)
 
-    def mode_shares(self, x, reach=4.0):
-        """The share of points [N, 2, 1, 1] in each mode [M]; one farther than reach std from its mode is in none."""
+    def nearest(self, x, reach=4.0):
+        """Of points [N, 2, 1, 1]: the component each most likely comes from [N], and whether it is within reach std."""
         x = x.flatten(1)
         k = self.log_components(x, torch.zeros(1, 1), torch.full((len(x),), -1)).argmax(1)
-        near = (x - self.means[k]).norm(dim=1) < reach * self.stds[k]
-        return torch.zeros(self.num_modes).index_add(0, self.modes[k], near.float() / len(x))
+        return k, (x - self.means[k]).norm(dim=1) < reach * self.stds[k]
+
+    def mode_shares(self, x):
+        """The share of points [N, 2, 1, 1] in each mode [M]; those outside all modes are in none."""
+        k, inside = self.nearest(x)
+        return torch.zeros(self.num_modes).index_add(0, self.modes[k], inside.float() / len(x))
+
+    def width_ratio(self, x):
+        """The standard deviation of the points [N, 2, 1, 1] inside the modes, as a multiple of the data's: a float."""
+        k, inside = self.nearest(x)
+        off = (x.flatten(1) - self.means[k]) / self.stds[k, None]                   # N(0, I) for points of the data
+        return off[inside].square().mean().sqrt().item()
 
     def true_shares(self):
         """The weight of each mode [M]."""

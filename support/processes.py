@@ -7,19 +7,37 @@
 import datetime
 import hashlib
 import os
-import sys
 
 import torch
 import torch.distributed as dist
 
-LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()
-if LAUNCHED and "RANK" not in os.environ:           # as a shell does that torchrun has not started
-    print("error: TORCHELASTIC_RUN_ID is set, but RANK is not: unset it, or start with torchrun", file=sys.stderr)
-    sys.exit(2)
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
-    int(os.environ[name]) if LAUNCHED else default
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-)
+
+def number(name):
+    """The environment variable of this name as an int, 0 where it is not one."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
+
+
+def misled():
+    """Why this process cannot work together with those that were started with it, in one line; None where it can."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        unset = [name for name in NAMES if not os.environ.get(name, "").isdecimal()]
+        return f"TORCHELASTIC_RUN_ID is set but not {unset[0]}: start with torchrun, or unset it" if unset else None
+    srun = "SLURM_STEP_NUM_TASKS"
+    # Not that of sbatch or salloc: their script or shell is one process, however many tasks the job may start.
+    if srun not in os.environ and "SLURM_PROCID" in os.environ and os.environ.get("ENVIRONMENT") != "BATCH":
+        srun = "SLURM_NTASKS"
+    for name in (srun, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
+        if (n := number(name)) > 1:
+            return (f"{name} says that this is one of {n} processes, which work together only under torchrun: start a "
+                    f"single `torchrun --nproc_per_node={n} ...` instead, or unset {name}")
+    return None
+
+
+NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+MISLED = misled()
+LAUNCHED = dist.is_available() and dist.is_torchelastic_launched() and not MISLED
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (number(name) for name in NAMES) if LAUNCHED else (0, 1, 0, 1)
 SHARE = RANK, WORLD                                 # this process takes share RANK of WORLD of a batch
 MAIN = RANK == 0                                    # the process that writes
 # Long, as the others wait while one measures or loads a dataset. torchrun detects a dead worker at once.

@@ -28,7 +28,7 @@ def git_commit():
         def git(*words):
             # The code of this folder is running already, whoever owns the folder.
             trusted = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
-            return subprocess.run([*trusted, *words], capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run([*trusted, *words], capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
         return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no")))
     except (OSError, subprocess.CalledProcessError) as error:

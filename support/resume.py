@@ -99,6 +99,8 @@ def restarted():
 def check_folder(args, found, go_on):
     """Raise UsageError unless a run may begin in --run_dir, or go on from the checkpoint found there."""
     folder = Path(args.run_dir)
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise UsageError(f"--run_dir {folder}: TensorBoard writes only into folders whose names are UTF-8")
     left = [name for name in (*checkpoint.NAMES[1:], checkpoint.LOG) if (folder / name).exists()]
     if left and not found and not args.overwrite:   # a new run would delete them
         raise UsageError(f"{folder} holds {left[0]} but no {checkpoint.NAME}: --overwrite starts anew in it")

@@ -105,7 +105,7 @@ class Run:
         self.warned = True
         self.bar.set_postfix(**losses, images_per_s=f"{images_per_second:.0f}")
         floats = {name: value for name, value in values.items() if isinstance(value, float)}
-        speed = dict(images_per_second=images_per_second, memory_mib=hardware.peak_memory_mib(self.device))
+        speed = dict(images_per_second=images_per_second, **hardware.peak_memory(self.device))
         self.folder.scalars(self.step, dict(means, **floats, **speed))
 
     def grid(self, name, rows, *panels):

@@ -1,8 +1,6 @@
 """The folder of a run: its logs and grids, and a lock, as only one process at a time may write it."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -11,12 +9,15 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 
 from support import checkpoint, files, processes
 from support.errors import UsageError
 from support.pictures import class_grid, side_by_side
+
+LOCKS = {}                                          # path -> file, of the locks that this process has taken
 
 
 class RunInUseError(UsageError):
@@ -39,21 +40,25 @@ class RunFolder:
         if not processes.MAIN:
             return
         Path(os.path.realpath(path), "grids").mkdir(parents=True, exist_ok=True)   # also where a link points to nothing
-        self.lock = open(self.path / "lock", "a+")  # noqa: SIM115  stays open; the kernel releases it
+        place = (self.path / "lock").resolve()
+        if place in LOCKS:                          # of a run that failed in this process, in a notebook for instance
+            LOCKS[place].close()
+        self.lock = LOCKS[place] = open(place, "ab")            # noqa: SIM115  stays open; the system releases it
+        writer = self.path / "lock.txt"             # beside it, as Windows lets nobody read a locked file
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = filelock.lock_descriptor(self.lock.fileno(), blocking=False)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self.lock.seek(0)
-                raise RunInUseError(f"{path} is being written by {self.lock.read().strip()}") from error
             print(f"note: no locks where {path} is ({error.strerror}): start no second run in it", file=sys.stderr)
+        else:
+            if not locked:
+                name = writer.read_text(encoding="utf-8").strip() if writer.exists() else "another process"
+                raise RunInUseError(f"{path} is being written by {name}")
         if checkpoint.stamp(path) != known:                    # a run has ended here while this one started
             raise RunInUseError(f"another process has saved to {path} just now: start again")
         checkpoint.restore_previous(path)
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%F %T')}\n")
-        self.lock.flush()
-        for name in (*checkpoint.NAMES, checkpoint.LOG):       # leftovers of a killed save
+        name = f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        files.write(writer, lambda file: file.write(name.encode()))
+        for name in (*checkpoint.NAMES, checkpoint.LOG, writer.name):       # leftovers of a killed save
             for file in self.path.glob(f"{name}.*tmp"):
                 file.unlink()
 
@@ -72,7 +77,8 @@ class RunFolder:
         # A killed run may have logged steps after its last save, which are about to be taken again: drop these lines.
         lines = []
         if self.log_path.exists():
-            lines = [line for line in self.log_path.read_text().splitlines() if json_step(line) <= start_step]
+            text = self.log_path.read_text(encoding="utf-8")
+            lines = [line for line in text.splitlines() if json_step(line) <= start_step]
             files.write(self.log_path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
         # A measurement after its last save will be repeated: log it once.
         self.logged = [set(json.loads(line)) for line in lines if json_step(line) == start_step]
@@ -103,7 +109,7 @@ class RunFolder:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()                      # before this step's checkpoint, or a kill would leave a gap
-            with open(self.log_path, "a") as file:
+            with open(self.log_path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(dict(step=step, **values)) + "\n")
 
     @processes.main_only

@@ -6,7 +6,9 @@ import time
 
 from support import processes
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+# Windows has no SIGHUP and no SIGUSR1; only Windows has SIGBREAK: Ctrl-Break, or a closed window.
+NAMES = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK"
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class StopSignal:
@@ -24,14 +26,14 @@ class StopSignal:
                 signal.signal(signum, self.handle)
 
     def handle(self, signum, frame):
-        if signum == signal.SIGHUP:                 # the terminal is gone: writing the bar to it would end the run
+        if signal.Signals(signum).name == "SIGHUP":   # the terminal is gone: writing the bar to it would end the run
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for descriptor in self.terminals:
                 os.dup2(nowhere, descriptor)
         # Ctrl-C under torchrun reaches a process twice, from the terminal and from torchrun: count that as one.
         if self.signum is not None and time.monotonic() - self.since > 1:
             signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)             # os.kill sends no signals on Windows
         elif self.signum is None:
             self.signum, self.since = signum, time.monotonic()
 

@@ -21,7 +21,8 @@ import train0
 from model import SimpleUNet
 from support import checkpoint, errors, signals
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+GPUS = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+DEVICES = ["cpu", *(name for name, there in GPUS.items() if there)]
 TINY = ["--preset", "none", "--device", "cpu", "--batch_size", "4"]
 TINY += ["--log_every", "2", "--sample_every", "5", "--save_every", "3"]
 

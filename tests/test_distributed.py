@@ -145,14 +145,6 @@ def test_one_process_writes_and_all_make_the_same_images(runs):
     assert not list(root.rglob("*.tmp"))
 
 
-def test_half_of_torchruns_environment_is_one_line():
-    command = [sys.executable, "-c", "from support import processes"]
-    half = {name: value for name, value in os.environ.items() if name != "RANK"} | dict(TORCHELASTIC_RUN_ID="none")
-    process = subprocess.run(command, cwd=ROOT, env=half, capture_output=True, text=True)
-    said = "error: TORCHELASTIC_RUN_ID is set, but RANK is not: unset it, or start with torchrun"
-    assert process.returncode == 2 and process.stderr.splitlines() == [said]
-
-
 def test_processes_that_drift_apart_are_stopped(tmp_path):
     script = tmp_path / "drift.py"
     script.write_text(f"""

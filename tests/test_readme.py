@@ -18,7 +18,7 @@ NAMES = sorted(str(path.relative_to(ROOT)) for folder in (".", "docs", "results"
                for path in (ROOT / folder).glob("*.md"))
 TEXTS = {name: (ROOT / name).read_text() for name in NAMES}
 README, MAKEFILE = TEXTS["README.md"], (ROOT / "Makefile").read_text()
-ELSEWHERE = {"--nproc_per_node", "--logdir", "--directory"}         # torchrun's, tensorboard's, http.server's
+ELSEWHERE = {"--nproc_per_node", "--ntasks", "--logdir", "--directory"}     # torchrun's, srun's, tensorboard's, ...
 SCRIPTS = [
     "train0.py", "train.py", "sample.py", "evaluate.py", "tools.features", "tools.benchmark", "tools.tables",
     "tools.export", "tools.average",

@@ -64,9 +64,9 @@ def test_a_run_saves_and_draws_by_the_clock_too(tmp_path, tree, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK])
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, tree, monkeypatch, capsys, number):
-    def lockf(*_):
+    def flock(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "lockf", lockf)
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert call(train0, *teacher_flags(tree), "--steps", "1", "--run_dir", str(tmp_path)) == 0
     assert f"no locks where {tmp_path} is" in capsys.readouterr().err and checkpoint.load(tmp_path)["step"] == 1

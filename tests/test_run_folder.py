@@ -19,7 +19,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
     tmp_path, tree, monkeypatch, capsys
 ):
     run = make_teacher(tmp_path / "a", tree, "--steps", "6")
-    record = [path for path in Path(run).rglob("*") if path.is_file() and path.name != "lock"]
+    record = [path for path in Path(run).rglob("*") if path.is_file() and path.stem != "lock"]
     before = {path: read_bytes(path) for path in record}
     assert {path.name for path in record} > {"checkpoint.pt", "log.jsonl", "guide.pt"} and len(record) > 4
 
@@ -31,7 +31,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
         assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert {path: read_bytes(path) for path in record} == before
-    assert {path for path in Path(run).rglob("*") if path.is_file() and path.name != "lock"} == set(record)
+    assert {path for path in Path(run).rglob("*") if path.is_file() and path.stem != "lock"} == set(record)
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "3", "--overwrite") == 0
     assert checkpoint.load(run)["step"] == 3 and len(list(Path(run, "tensorboard").iterdir())) == 1
 
@@ -69,12 +69,20 @@ def test_a_second_writer_is_refused_and_named_the_first(tmp_path, tree, capsys):
             capsys.readouterr()
             assert call(train0, "--run_dir", run, "--steps", "4", "--device", "cpu", *flags) == 2
             assert f"{run} is being written by process {holder.pid} on " in capsys.readouterr().err
-        kept = {path for path in before if path.name != "lock"}
+        kept = {path for path in before if path.stem != "lock"}
         assert all(read_bytes(path) == before[path] for path in kept)
     finally:
         holder.kill()                               # whereupon the kernel releases the lock
         holder.wait()
     assert call(train0, "--run_dir", run, "--resume", "--steps", "4", "--device", "cpu") == 0
+
+
+def test_a_run_that_failed_in_this_process_does_not_keep_the_folder(tmp_path, tree, monkeypatch):
+    flags = [*teacher_flags(tree), "--steps", "1", "--run_dir", str(tmp_path / "a")]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as kept:             # as a notebook keeps it
+        patch.setattr(run_folder.RunFolder, "begin", lambda *args: 1 / 0)
+        train0.main(flags)
+    assert call(train0, *flags, "--overwrite") == 0 and kept.value.__traceback__
 
 
 @pytest.mark.parametrize("flags", [["--resume"], []], ids=["resumed", "fresh"])

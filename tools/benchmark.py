@@ -13,6 +13,10 @@ On CUDA each is timed twice: kernels launched one by one, and captured as a CUDA
 milliseconds per step of the whole, of the host until all is launched and of the kernels, and the number of launches.
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
+
 import copy
 import json
 import statistics
@@ -152,7 +156,7 @@ def profile_step(call, folder, repeats=3):
         torch.cuda.synchronize()
     trace = Path(folder) / "trace.json"
     profile.export_chrome_trace(str(trace))
-    parts = read_trace(json.loads(trace.read_text()))
+    parts = read_trace(json.loads(trace.read_text(encoding="utf-8")))
     return ({name: number / repeats for name, number in part.items()} for part in parts)
 
 

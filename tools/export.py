@@ -155,7 +155,8 @@ def fetch_runtime():
     if not npm:
         raise errors.UsageError(f"--page needs npm, which comes with Node.js, to fetch {RUNTIME}")
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([npm, "pack", RUNTIME], cwd=folder, capture_output=True, text=True)
+        text = dict(encoding="utf-8", errors="replace")
+        done = subprocess.run([npm, "pack", RUNTIME], cwd=folder, capture_output=True, **text)
         archive = Path(folder) / f"{name}-{version}.tgz"
         if done.returncode or not archive.exists():
             reason = next((line for line in done.stderr.splitlines() if "code" not in line), "")

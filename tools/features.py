@@ -8,6 +8,10 @@ Distances in its features compare runs on this dataset with one another; they do
 learns from fresh images, for other datasets from the images that teacher and student are trained on.
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
+
 import math
 
 import torch

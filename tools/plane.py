@@ -11,6 +11,7 @@ unified_model.py, fit.py, train.py and gan.py. The flags that train.py has too m
 data's own denoiser in closed form, unless --teacher says otherwise.
 """
 
+import argparse
 import statistics
 import time
 from pathlib import Path
@@ -35,7 +36,8 @@ from unified_model import UnifiedModel
 DATA_SEED, PAIRS_SEED, EVAL_SEED = 2**20, 2**21, 2**22          # away from that of the training steps
 TEACHER_STEPS, TEACHER_BATCH = 1500, 512
 EVAL_POINTS, ARROWS, ARROW_SIGMA = 4096, 160, 0.3
-FRAMES = 50
+FRAMES = 40
+NAMES = dict(Fit="the fit", DMD2="DMD2's two turns", GAN="the GAN")
 
 
 class PointNet(Denoiser):
@@ -46,7 +48,7 @@ class PointNet(Denoiser):
         label_dim: number of classes.
     """
 
-    bottleneck_size = 4
+    bottleneck_size = 1
 
     def __init__(self, width, label_dim):
         super().__init__()
@@ -67,9 +69,7 @@ class PointNet(Denoiser):
         for layer in self.layers:
             h = h + layer(F.silu(h + emb))                                          # [B, width]
             features.append(h[:, :, None, None])
-        if return_features:                         # the classifier head takes a bottleneck of 4x4: the same everywhere
-            return [*features[:-1], features[-1].expand(-1, -1, 4, 4)]
-        return self.out(F.silu(h))[:, :, None, None]
+        return features if return_features else self.out(F.silu(h))[:, :, None, None]
 
 
 def train_teacher(data, width, seed, label_dropout=0.1):
@@ -87,8 +87,11 @@ def train_teacher(data, width, seed, label_dropout=0.1):
 
 
 def wrong(data):
-    """The data as a bad teacher knows it: every second mode has a tenth of its weight."""
-    weights = torch.where(data.modes % 2 == 0, data.weights, data.weights / 10)
+    """The data as a bad teacher knows it: of each class, every second mode has a tenth of its weight."""
+    weights = data.weights.clone()
+    for label in range(data.num_classes):
+        rare = data.modes[data.classes == label].unique()[1::2]
+        weights[torch.isin(data.modes, rare)] /= 10
     return Mixture(data.means, data.stds, weights.tolist(), data.classes.tolist(), data.modes.tolist())
 
 
@@ -215,10 +218,12 @@ def parse_args(argv=None):
     add("--without", choices=["fake_unet"], help="leave this out; default: nothing")
     add("--seeds", type=flags.natural, nargs="+", default=[0], help="a run each; the pictures are of the first")
     add("--width", type=flags.number(int, 8), default=64, help="of the MLPs, a multiple of 8")
-    add("--steps", type=flags.count, default=1500, help="of the student, in all phases")
+    add("--steps", type=flags.count, default=2500, help="of the student, in all phases")
     add("--out", type=flags.output(suffix=".gif"), default="runs/plane.gif",
         help="the animation; its last frame goes beside it as .png")
-    add("--picture", action="store_true", help="only the last frame")
+    add("--strip", type=flags.output(suffix=".png"),
+        help="also the points at the start and at the end of each phase, side by side; default: none")
+    add("--animate", action=argparse.BooleanOptionalAction, default=True, help="--no-animate: only the last frame")
     learning = flags.add_learning(parser, batch_size=256)
     settings.add_method(parser, learning.add_argument)
     parser.set_defaults(
@@ -240,66 +245,79 @@ def parse_args(argv=None):
 
 
 def run(args, seed, draw):
-    """One training. Returns its last measurement; draw(student, step, phase, history) is called FRAMES times."""
+    """One training. Returns its last measurement; draw(student, step, phase, x, history) is called FRAMES times."""
     student, history = Distillation(args, seed), []
-    every = max(1, args.steps // FRAMES)
+    every, ends = max(1, args.steps // FRAMES), {phase.start + phase.steps for phase in student.phases}
     phase = student.phases[0]
     for step in range(args.steps + 1):
-        if step % every == 0 or step == args.steps:
+        if step % every == 0 or step in ends:
             x = student.points()
             history.append(dict(step=step, **student.measure(x)))
             draw(student, step, phase, x, history)
         if step < args.steps:
             phase, _ = student.step(step)
     x, data = student.points(), student.data
-    near = data.log_components(x.flatten(1), torch.zeros(1, 1), torch.full((len(x),), -1)).argmax(1)
-    off = (x.flatten(1) - data.means[near]).square().mean(1)
-    spread = (off.mean() / (data.stds[near] ** 2).mean()).sqrt().item()
     error = max(abs(a - b) for a, b in zip(history[-1]["shares"], data.true_shares().tolist(), strict=True))
     floor = sliced_distance(data.sample(EVAL_POINTS, StepRandom(seed + EVAL_SEED, 2))[0], student.real)
-    return dict(history[-1], spread=spread, error=error, floor=floor, num_modes=data.num_modes)
+    outside = 1 - sum(history[-1]["shares"])
+    return dict(history[-1], width=data.width_ratio(x), error=error, outside=outside, floor=floor,
+                num_modes=data.num_modes)
 
 
 def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(1)                        # matrices are small: threads would only wait for one another
-    frames, found = [], []
+    frames, strip, found = [], [], []
 
     def draw(student, step, phase, x, history):
-        if seed == args.seeds[0] and (step == args.steps or not args.picture):
-            arrows = student.arrows(x[:ARROWS])
-            frames.append(picture(args, student, step, phase, x, arrows, history))
+        if seed != args.seeds[0]:
+            return
+        if step == args.steps or args.animate:
+            frames.append(picture(args, student, step, phase, x, history))
+        if args.strip and step in (0, phase.start + phase.steps):
+            canvas = plots.Canvas(300, 330)
+            canvas.text((8, 8), f"after {NAMES[type(phase).__name__]}" if step else "start")
+            draw_points(canvas, (5, 30, 295, 320), student, x)
+            strip.append(canvas.image())
 
     for seed in args.seeds:
         began = time.perf_counter()
         found.append(run(args, seed, draw))
         last = found[-1]
         print(f"{args.data}, seed {seed}: distance {last['distance']:.4f} (data against data {last['floor']:.4f}), "
-              f"{last['modes']} of {last['num_modes']} modes, largest error of a mode's share {last['error']:.3f}, "
-              f"width {last['spread']:.2f} of the data's; {time.perf_counter() - began:.0f} s", flush=True)
+              f"{last['modes']} of {last['num_modes']} modes, error of a share {last['error']:.3f}, width "
+              f"{last['width']:.2f} of the data's, outside {last['outside']:.3f}; {time.perf_counter() - began:.0f} s",
+              flush=True)
     if len(found) > 1:
-        for name in ("distance", "modes", "error", "spread"):
+        for name in ("distance", "modes", "error", "width", "outside"):
             values = [float(row[name]) for row in found]
             print(f"{name} {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}")
-    files.write(Path(args.out).with_suffix(".png"), lambda file: frames[-1].save(file, format="png"))
-    if not args.picture:
+    still = str(Path(args.out).with_suffix(".png"))
+    files.write(still, lambda file: frames[-1].save(file, format="png", optimize=True))
+    if args.animate:
         files.write(args.out, lambda file: plots.save_gif(frames, file))
-    print(args.out if not args.picture else Path(args.out).with_suffix(".png"))
+    if args.strip:
+        files.write(args.strip, lambda file: plots.side_by_side(strip).save(file, format="png", optimize=True))
+    print(", ".join([still, *([args.out] if args.animate else []), *([args.strip] if args.strip else [])]))
 
 
-def picture(args, student, step, phase, x, arrows, history):
-    """One frame: the data's density, the student's points, arrows of the DM gradient; below, the curves."""
-    canvas = plots.Canvas(480, 640)
-    plane = canvas.axes((10, 34, 470, 494), (-1.25, 1.25), (-1.25, 1.25))
+def draw_points(canvas, corners, student, x):
+    """The data's density, the student's points, and where the DM gradient moves some of them."""
+    plane = canvas.axes(corners, (-1.25, 1.25), (-1.25, 1.25))
     plane.density(student.data.density)
     plane.points(x[:1500].flatten(1).tolist())
-    plane.arrows(x[:ARROWS].flatten(1).tolist(), (2 * arrows).tolist())
-    name, last = dict(Fit="fit", DMD2="two turns", GAN="GAN")[type(phase).__name__], history[-1]
-    canvas.text((12, 8), f"step {step} of {args.steps}: {name}     distance {last['distance']:.3f}     "
-                f"modes {last['modes']} of {student.data.num_modes}")
-    canvas.curve((10, 520, 230, 630), "distance to the data (log)", [row["step"] for row in history],
+    plane.arrows(x[:ARROWS].flatten(1).tolist(), (2 * student.arrows(x[:ARROWS])).tolist())
+
+
+def picture(args, student, step, phase, x, history):
+    """One frame: the points, and below them the curves so far."""
+    canvas, last = plots.Canvas(400, 540), history[-1]
+    draw_points(canvas, (8, 28, 392, 412), student, x)
+    canvas.text((10, 8), f"step {step} of {args.steps}: {NAMES[type(phase).__name__]}    "
+                f"distance {last['distance']:.3f}    modes {last['modes']} of {student.data.num_modes}", size=12)
+    canvas.curve((8, 434, 192, 532), "distance to the data (log)", [row["step"] for row in history],
                  [row["distance"] for row in history], args.steps, log=True)
-    canvas.bars((250, 520, 470, 630), "share of each mode; line: the data's", history[-1]["shares"],
+    canvas.bars((208, 434, 392, 532), "share of each mode; line: the data's", last["shares"],
                 student.data.true_shares().tolist())
     return canvas.image()
 

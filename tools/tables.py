@@ -18,7 +18,7 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 @functools.cache
 def report(file):
-    return json.loads((ROOT / f"results/{file}.json").read_text())
+    return json.loads((ROOT / f"results/{file}.json").read_text(encoding="utf-8"))
 
 
 def at(address, form=".2f", scale=1):
@@ -155,12 +155,13 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is stale")
     check = parser.parse_args().check
     for name in DOCUMENTS:
-        text = (ROOT / name).read_text()
+        text = (ROOT / name).read_text(encoding="utf-8")
         stale = [found[2] for found in MARKED.finditer(text) if found[0] != found[1] + TABLES[found[2]]() + found[3]]
         if check and stale:
             sys.exit(f"{name}: the table {stale[0]} is not what results/ has: python -m tools.tables")
         if stale:
-            (ROOT / name).write_text(MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text))
+            text = MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+            (ROOT / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""The DM gradient in pictures: what real_unet and fake_unet make of a student's images at five noise levels.
+
+    python -m tools.gradient --out gradient.png                 # of the shipped teacher and student
+    python -m tools.gradient --teacher runs/teacher --student runs/dmd2 --start start.png
+
+A checkpoint to share has no fake_unet: it is trained here, by --steps guidance turns on the student's images.
+"""
+
+import torch
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from support import checkpoint, errors, files, flags, hardware, networks, pictures, processes, resume
+from support.optimizers import Optimizer
+from support.randomness import StepRandom, image_noise
+from unified_model import UnifiedModel
+
+SIGMAS = (0.1, 0.3, 0.7, 1.5, 4.0)
+COLUMNS = "x_gen, x_t, real_unet(x_t), fake_unet(x_t), and the difference real - fake"
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(prog="python -m tools.gradient", description="Draw the DM gradient at five noise levels.")
+    flags.add_common(parser)
+    parser.add_argument("--teacher", type=flags.path, default="runs/teacher", help="run folder or checkpoint")
+    parser.add_argument("--student", type=flags.path, default="runs/dmd2", help="run folder or checkpoint")
+    parser.add_argument("--steps", type=flags.natural, default=100, help="guidance turns that train fake_unet")
+    parser.add_argument("--batch_size", type=flags.count, default=64, help="images per guidance turn")
+    parser.add_argument("--guidance_lr", type=flags.rate, default=1e-3, help="learning rate of fake_unet")
+    parser.add_argument("--label", type=flags.natural, default=1, help="the class to draw")
+    flags.add_cfg(parser, "real_unet")
+    parser.add_argument(
+        "--out", type=flags.output(suffix=".png"), default="gradient.png", help=f"a row per noise level: {COLUMNS}"
+    )
+    parser.add_argument(
+        "--start", type=flags.output(suffix=".png"),
+        help="also what teacher and student make of the same noise in one step, a row per class; default: none",
+    )
+    args = parser.parse_args(argv)
+    args.teacher = checkpoint.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
+    args.student = checkpoint.or_shipped(args.student, "runs/dmd2", "student.pt")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = hardware.start(args)
+    teacher, student = checkpoint.load(args.teacher, kind="teacher"), checkpoint.load(args.student, kind="student")
+    if student["classes"] != teacher["classes"]:
+        raise errors.UsageError("--student and --teacher have different classes")
+    if args.label >= len(teacher["classes"]):
+        raise errors.UsageError(f"--label {args.label}: the classes are 0..{len(teacher['classes']) - 1}")
+    levels = student["denoising_sigmas"]
+    with resume.restoring(args.student):
+        model = UnifiedModel(
+            networks.averaged(teacher), levels[0], len(levels), teacher["sigma_min"], sigma_max=teacher["sigma_max"],
+            cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval,
+        ).to(device, memory_format=torch.channels_last)
+        model.feedforward_model.load_state_dict(student["model_ema"])
+    guidance, num_classes = model.guidance_model, len(teacher["classes"])
+
+    # --- fake_unet learns to denoise the student's images ------------------------------------------------------------
+    bf16 = hardware.uses_bf16(device, args.precision)
+    optimizer = Optimizer("muon", {guidance.fake_unet: args.guidance_lr}, bf16)
+    for step in tqdm(range(args.steps), unit="step", disable=not processes.MAIN):
+        rng = StepRandom(args.seed, step, device)
+        z, labels = model.random_inputs(args.batch_size, num_classes, rng)
+        with torch.no_grad(), hardware.autocast(device, args.precision):
+            x_gen = model.generate(z, labels, rng)
+        optimizer.zero_grad()
+        with hardware.autocast(device, args.precision):
+            losses, _ = model.guidance_turn(x_gen, labels, rng)
+        optimizer.backward(losses["loss_fake"])
+        optimizer.clip(10.0)
+        optimizer.step(1 - step / args.steps)
+
+    # --- the pictures ------------------------------------------------------------------------------------------------
+    def noise(draw, n):
+        return image_noise(args.seed, range(n), draw).to(device)
+
+    with torch.no_grad(), hardware.autocast(device, args.precision):
+        labels = torch.full((2,), args.label, device=device)
+        x_gen, panels = model.generate(noise(0, 2), labels, StepRandom(args.seed, 0, device)), []
+        for i, sigma in enumerate(SIGMAS):
+            x_t = x_gen + sigma * noise(10 + i, 2)
+            real, fake = guidance.guided_teacher()(x_t, sigma, labels), guidance.fake_unet(x_t, sigma, labels)
+            difference = real - fake
+            panels += [x_gen, x_t / (1 + sigma**2) ** 0.5, real, fake, difference / 3 / difference.std()]
+        # class_grid takes its images column by column.
+        panels = torch.stack(panels, 1).unflatten(1, (len(SIGMAS), -1)).transpose(1, 2)         # [2, 5, 5, 3, 32, 32]
+        grids = [pictures.class_grid(panel.flatten(0, 1), len(SIGMAS)) for panel in panels]
+        write(args.out, pictures.side_by_side(*grids))
+        if args.start:
+            labels = torch.arange(8 * num_classes, device=device) % num_classes
+            z = noise(0, len(labels))
+            first = guidance.real_unet(levels[0] * z, levels[0], labels)            # the teacher's own single step
+            made = model.generate(z, labels, StepRandom(args.seed, 0, device), len(levels))
+            write(args.start, pictures.side_by_side(*(pictures.class_grid(x, num_classes) for x in (first, made))))
+    print(", ".join(filter(None, (args.out, args.start))))
+
+
+def write(path, picture):
+    """Write a picture, float [3, H, W] in [0, 1], as a PNG, twice as large."""
+    large = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    files.write(path, lambda file: save_image(large, file, format="png"))
+
+
+if __name__ == "__main__":
+    errors.run(main)
