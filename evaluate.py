@@ -8,7 +8,7 @@
 
 Prints a table and writes one JSON with everything needed to do it again. Distances fall with the number of images: only
 those of equal --num_images compare. Below 10,000 the name says how many they were (FID@2048), and a floor is given: the
-distance of as many of the real images.
+distance of as many of the real images, equally many of each class.
 """
 
 import os
@@ -91,16 +91,31 @@ def parse_args(argv=None):
 def read_npz(path):
     """Images uint8 [N, 3, 32, 32] and labels [N] or None of a file in the format of openai/guided-diffusion."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is a .npy, a single array: --npz takes a .npz, as np.savez(file, images) writes it")
+        with file:
             images, labels = file["arr_0"], file.get("arr_1")
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
             raise ValueError(f"arr_0 is {images.dtype} {list(images.shape)}, not uint8 [N, 32, 32, 3]")
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(f"arr_1 has shape {list(labels.shape)} for {len(images)} images")
-        labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        with np.errstate(invalid="ignore"):
+            numbers = None if labels is None else labels.astype(np.int64)
+        if labels is not None and not np.array_equal(numbers, labels):
+            raise ValueError("arr_1 holds labels that are not integers")
+        labels = None if labels is None else torch.from_numpy(numbers)
     except Exception as error:                      # numpy, zipfile and zlib have many
         raise data.DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def check_labels(path, labels, dataset):
+    """Raise UsageError where the labels of --npz are not numbers of the dataset's classes."""
+    last = len(dataset.classes) - 1
+    if labels is not None and not 0 <= labels.min() <= labels.max() <= last:
+        found = f"arr_1 holds labels of {labels.min()} to {labels.max()}"
+        raise errors.UsageError(f"{path}: {found}, and the classes of --dataset are 0 to {last}; images alone will do")
 
 
 def read_images(folder):
@@ -142,6 +157,8 @@ def main(argv=None):
     dataset = data.from_flags(args, state, args.split)
     if len(dataset.images) < LEAST_IMAGES:
         raise errors.UsageError(f"the dataset has {len(dataset.images)} images: {LEAST_IMAGES} are the least")
+    if not state:
+        check_labels(args.npz, labels, dataset)
     extractor = validation.extractor(args, device)
 
     start = time.perf_counter()
@@ -174,7 +191,7 @@ def main(argv=None):
         torch_fidelity=torch_fidelity.__version__, seconds=round(time.perf_counter() - start, 1),
     )
     if n < 10_000:
-        report["floor"] = processes.from_main(metrics.floor, real, n)
+        report["floor"] = processes.from_main(metrics.floor, real, dataset.labels, n)
     if state:
         report["checkpoint"] = dict(
             sha256=digest, kind=state["kind"], step=state["step"], ema_decay=state.get("ema_decay"),
@@ -190,7 +207,8 @@ def main(argv=None):
             deviation = f" +- {value['std']:.4f}" if args.repeats > 1 else ""
             print(f"{name.upper():24} {value['mean']:10.4f}{deviation}")
         if n < 10_000:
-            print(f"{f'FLOOR OF {extractor.name}@{n}':24} {report['floor']:10.4f}")
+            floor = report["floor"]
+            print(f"{f'FLOOR OF {extractor.name}@{n}':24} {floor['mean']:10.4f} +- {floor['std']:.4f}")
         print(args.out)
 
 

@@ -29,7 +29,7 @@ from support import checkpoint, errors, files, flags, hardware, pictures, proces
 from support.data import to_float
 from support.image_files import few
 
-GRID_IMAGES = 1000                                  # at most, in a grid
+GRID_IMAGES, GRID_ROWS = 1000, 100                  # at most, in a grid
 WALK_FRAMES, WALK_MILLISECONDS = 30, 60             # of --walk in one direction; how long each is shown
 
 
@@ -50,8 +50,8 @@ def parse_args(argv=None):
         help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none",
     )
     parser.add_argument(
-        "--images", type=flags.output("folder"),
-        help="also a folder for single images, DIR/<class>_<index>.png; default: none",
+        "--images", type=flags.output("folder", new=True),
+        help="also a new or empty folder for single images, DIR/<class>_<index>.png; default: none",
     )
     parser.add_argument(
         "--walk", type=flags.output(suffix=".gif"),
@@ -103,8 +103,11 @@ def main(argv=None):
         with hardware.autocast(device, args.precision):
             return sampling.generate(sample, args.seed, labels, args.batch_size, device, **how)
 
+    shown = torch.arange(min(len(labels), GRID_IMAGES))
+    shown = shown[shown % len(rows) < GRID_ROWS]                    # of the first images those of the first rows
+
     def grid(images):
-        return pictures.class_grid(to_float(images[:GRID_IMAGES]), len(rows))
+        return pictures.class_grid(to_float(images[shown]), min(len(rows), GRID_ROWS))
 
     start = time.perf_counter()
     images = generate(labels, bar=True)
@@ -123,6 +126,9 @@ def main(argv=None):
         files.write(args.npz, lambda file: np.savez(file, *arrays))
     if args.images:
         write_images(args.images, images, [state["classes"][label] for label in labels])
+    if len(shown) < len(images):
+        classes = f" and {GRID_ROWS} of {len(rows)} classes" if len(rows) > GRID_ROWS else ""
+        processes.main_only(print)(f"{args.out} shows {len(shown)} of {len(images)} images{classes}")
     nfe = sampling.evaluations(state, args.num_steps, cfg)
     processes.main_only(print)(
         f"{state['kind']} at step {state['step']}: {len(images)} images, {nfe} evaluation{'s' * (nfe > 1)} each, "

@@ -158,7 +158,7 @@ def grids(args, run, model, sample, num_classes, device):
         with eager, hardware.autocast(device, args.precision):
             _, log = guidance.compute_distribution_matching_loss(images, labels, rng)
         run.grid("teacher_student", rows, teacher_images, images)
-        run.grid("dm_gradient", rows, log["grad"] / 4 / log["grad"].std())
+        run.grid("dm_gradient", rows, log["grad"] / 4 / log["grad"].std().clamp(min=1e-30))     # 0 before any step
 
     return draw_grids
 
@@ -200,10 +200,12 @@ def main(argv=None):
     if adversarial:
         batches = stateful["batches"] = data.Batches(dataset, args.batch_size, args.seed, device)
     resume.restore(args, state, stateful)
+    images_digest = dataset.digest() if dataset else data.trained_on(source)
     known = dict(
         kind="student", classes=source["classes"], model_config=networks.described(teacher), ema_decay=ema.decay,
         denoising_sigmas=model.denoising_sigmas, label_dropout=source.get("label_dropout", 0.0), **sigmas,
         guide_config=guide and networks.described(guide), teacher_digest=source.get("teacher_digest"),
+        images_digest=images_digest,
     )
 
     def describe():

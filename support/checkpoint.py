@@ -1,12 +1,15 @@
 """Checkpoints: one self-describing file per save, never half-written, never running code when loaded.
 
+    checkpoint.keep_previous("runs/teacher")                     # what the next line replaces
     checkpoint.save("runs/teacher/checkpoint.pt", dict(kind="teacher", ...))
     state = checkpoint.load("runs/teacher", kind="teacher")      # a file, or a run folder
 """
 
+import functools
 import io
 import math
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from support import edm_pickle, files, processes
 from support.errors import UsageError
 
 FORMAT = "dmd2 checkpoint 1"
-# The checkpoints in a run folder: the newest, the one with the lowest FD, and for a teacher an early one.
-NAMES = NAME, BEST, GUIDE = "checkpoint.pt", "best.pt", "guide.pt"
+# The checkpoints in a run folder: the newest, the one with the lowest FD, for a teacher an early one, and the one that
+# the newest has replaced.
+NAMES = NAME, BEST, GUIDE, PREVIOUS = "checkpoint.pt", "best.pt", "guide.pt", "previous.pt"
 LOG = "log.jsonl"                                   # beside them, one line per reading of the losses
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 KEYS = ("step", "model_config", "model_ema", "classes", "sigma_min", "sigma_max")
@@ -54,11 +58,59 @@ def save(path, state, compressed=False):
         raise OSError(f"cannot save {path}: {reason}; what was saved there before stands") from error
 
 
+@processes.main_only
+def keep_previous(folder):
+    """Give a run folder's checkpoint a second name, so that it stays, as previous.pt, when a new one replaces it.
+
+    A second name takes no room. What had the name before goes first, so that a save needs room for one more file, as
+    it would without this, and checkpoint.pt is there and whole all the time.
+    """
+    newest, previous = Path(folder, NAME), Path(folder, PREVIOUS)
+    try:
+        previous.unlink(missing_ok=True)
+        os.link(os.path.realpath(newest), previous)
+    except OSError as error:                        # a file system without hard links, or a link to another one
+        note(f"note: {folder} cannot keep a {PREVIOUS} beside {NAME}: {error.strerror}")
+
+
+def restore_previous(folder):
+    """Make previous.pt the run folder's checkpoint where find() takes it: the next save must not replace it."""
+    found = find(folder)
+    if found and found.name == PREVIOUS:
+        os.replace(found, os.path.realpath(Path(folder, NAME)))
+
+
+@functools.cache
+def note(line):
+    """Print a line for the user, once."""
+    if processes.MAIN:
+        print(line, file=sys.stderr)
+
+
 def find(path):
-    """The checkpoint file that path means: itself, or the newest save of a run folder; None if there is none."""
+    """The checkpoint file that path means, None if there is none: itself, or the newest save of a run folder.
+
+    Where the newest is damaged or gone, that is the one before it, if that one is whole.
+    """
     path = Path(path)
-    path = path / NAME if path.is_dir() else path
-    return path if path.is_file() else None
+    if not path.is_dir():
+        return path if path.is_file() else None
+    newest, previous = path / NAME, path / PREVIOUS
+    if previous.is_file() and not whole(newest, stamp(path)) and whole(previous, stamp(path, PREVIOUS)):
+        return previous
+    return newest if newest.is_file() else None
+
+
+@functools.cache
+def whole(file, stamp):
+    """Whether the checksums in a file of torch's format match; stamp: stamp() of the file, as it may be replaced."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except PermissionError:                         # this is no damage, and load() says it
+        return True
+    except Exception:                               # of many types, as in read()
+        return False
 
 
 def load(path, kind=None):
@@ -75,6 +127,9 @@ def load(path, kind=None):
     if file is None:
         what = f"no {NAME} in this folder" if Path(path).is_dir() else "no such file or folder"
         raise CheckpointError(f"no checkpoint at {path}: {what}")
+    if file.name == PREVIOUS and file != Path(path):
+        what = "damaged" if file.with_name(NAME).exists() else "gone"
+        note(f"note: {file.with_name(NAME)} is {what}: taking the save before it, {file}")
     try:
         with open(file, "rb") as opened:
             pickled = opened.read(1) == b"\x80"     # as pickles begin, and torch's zip files do not
@@ -129,14 +184,15 @@ def slim(state):
     pass on. bfloat16 rather than float16, as networks round their weights to it where it is fast, and as its exponents
     compress well: a fifth less than two bytes a weight.
     """
-    kept = {key: state[key] for key in ("kind", "label_dropout", "ema_decay", *KINDS[state["kind"]]) if key in state}
+    keys = "kind", "label_dropout", "ema_decay", "teacher_digest", *KINDS[state["kind"]]
+    kept = {key: state[key] for key in keys if key in state}
     return dict(kept, model_ema={name: value.bfloat16() for name, value in state["model_ema"].items()})
 
 
-def stamp(folder):
+def stamp(folder, name=NAME):
     """Identifies one save of a run folder's checkpoint, so that the next one is noticed; None where there is none."""
     try:
-        found = os.stat(Path(folder) / NAME)
+        found = os.stat(Path(folder) / name)
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size

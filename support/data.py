@@ -155,8 +155,6 @@ class Batches:
     def load_state_dict(self, state):
         """Go on where another run has stopped; its batch size may have been another one."""
         self.first, self.seen, self.step = state["step"], state["seen"], state["step"]
-        if state["digest"] not in (None, self.digest) and processes.MAIN:
-            print("note: the images are not those that the run had before", file=sys.stderr)
 
     def order(self, epoch):
         if epoch not in self.orders:
@@ -186,8 +184,13 @@ def named(args, state):
     return dataset, args.data_dir or known.get("data_dir") or "data", known.get("flip", 1) if flip is None else flip
 
 
+def trained_on(state):
+    """The digest of the images that a checkpoint's network, or its teacher, was trained on; None where not known."""
+    return state.get("batches", {}).get("digest") or state.get("images_digest")
+
+
 def from_flags(args, state=None, split="train"):
-    """The dataset that named() names, which must have the classes of the checkpoint.
+    """The dataset that named() names, which must have the classes of the checkpoint; says if its images are others.
 
     Raises:
         UsageError: nothing names a dataset, or it has other classes.
@@ -203,6 +206,12 @@ def from_flags(args, state=None, split="train"):
         theirs, ours = few(state["classes"]), few(loaded.classes)
         raise UsageError(f"--dataset {dataset} has the classes {ours}; those of the checkpoint are {theirs}")
     processes.main_only(print)(f"{dataset}: {loaded}")
+    if state and split == "train" and trained_on(state) not in (None, loaded.digest()) and processes.MAIN:
+        theirs = state.get("settings", {})
+        theirs = f"{theirs.get('dataset')} {os.path.abspath(theirs.get('data_dir') or '')}"
+        ours = f"{dataset} {os.path.abspath(data_dir)}"
+        how = "have changed since it was trained" if ours == theirs else f"are not those it was trained on, of {theirs}"
+        print(f"note: the checkpoint's images: those of {ours} {how}", file=sys.stderr)
     counts = loaded.labels.bincount(minlength=len(loaded.classes))
     if counts.max() > 1.1 * counts.min() and processes.MAIN:
         least, most = counts.min(), counts.max()

@@ -19,12 +19,13 @@ RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?= *(\.
 def write(path, writer):
     """Call writer(file) on a temporary file and rename it to path: a kill leaves the old file or the new one, whole.
 
-    Makes path's folder where there is none. Of several processes only the main one writes.
+    Makes path's folder where there is none; where path is a link, what it points to is written. Of several processes
+    only the main one writes.
 
     Raises:
         OSError: it could not be written (a full disk, say); the old file stands.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")                    # two processes may write one cache
     try:

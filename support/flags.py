@@ -73,9 +73,10 @@ noise = number(float, 1e-4, 1e4)
 
 
 def path(text):
-    """An argparse type: a name that the file system can have."""
+    """An argparse type: a name that the file system can have; ~ is the home, as in a shell."""
     if not text:
         raise argparse.ArgumentTypeError("an empty name")
+    text = os.path.expanduser(text)                 # a shell leaves the ~ in --flag=~/x as it is
     try:
         os.lstat(text)
     except FileNotFoundError:
@@ -92,20 +93,22 @@ def output(kind="file", suffix="", new=False):
     Args:
         kind: "file" or "folder".
         suffix: what the name must end in, ".png" for instance.
-        new: whether nothing may be there yet.
+        new: whether nothing may be there yet: no file, and no folder that is not empty.
     """
     def parse(text):
-        place = Path(path(text)).resolve()
+        text = path(text)
+        place = Path(text).resolve()
         if suffix and place.suffix.lower() != suffix:
             raise argparse.ArgumentTypeError(f"{text} does not end in {suffix}")
-        if new and place.exists():
-            raise argparse.ArgumentTypeError(f"{text} is there already: remove it, or give another name")
         if place.exists() and place.is_dir() != (kind == "folder"):
             raise argparse.ArgumentTypeError(f"cannot write {text}: it is a {'file' if kind == 'folder' else 'folder'}")
         existing = next(parent for parent in (place, *place.parents) if parent.exists())
         folder = place.parent if place.is_file() else existing  # a file is replaced, which its folder must allow
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
+        if not folder.is_dir() or not os.access(folder, os.R_OK | os.W_OK):
             raise argparse.ArgumentTypeError(f"cannot write {text}: {folder} is not a writable folder")
+        if new and place.exists() and (kind == "file" or os.listdir(place)):
+            holds = " and is not empty" if kind == "folder" else ""
+            raise argparse.ArgumentTypeError(f"{text} is there already{holds}: remove it, or give another name")
         return text
 
     parse.__name__ = "path"
@@ -134,7 +137,8 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
         "papers' plain losses; default: the one for these images and this machine",
     )
     parser.add_argument(
-        "--run_dir", type=output("folder"), default=run_dir, help="folder for checkpoints, logs and grids"
+        "--run_dir", type=output("folder"), default=run_dir,
+        help="folder for checkpoints, logs and grids; a relative path is relative to the current directory",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --run_dir with its settings, if there is one"
@@ -198,7 +202,8 @@ def add_dataset(parser, dataset="cifar10", data_dir="data", flip=True):
     )
     parser.add_argument(
         "--data_dir", type=path, default=data_dir,
-        help=f"where cifar10 is, or is downloaded to; or the root of folder{otherwise}",
+        help="where cifar10 is, or is downloaded to; or the root of folder; a relative path is relative to the current "
+        f"directory, and is remembered as an absolute one{otherwise}",
     )
     if flip:
         parser.add_argument(

@@ -9,7 +9,7 @@ from support.errors import RunError
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient norm became NaN or infinite."""
+    """A loss, a gradient norm or an image became NaN or infinite."""
 
 
 def add_microbatch(log, k, **means):

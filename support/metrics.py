@@ -24,6 +24,7 @@ from support.data import DataError
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 KID_SUBSET = 1000
+FLOOR_DRAWS = 5
 
 
 class MetricsError(DataError):
@@ -179,10 +180,24 @@ def distances(images, labels, real, extractor, neighbours=None):
     return values
 
 
-def floor(real, n):
-    """The Frechet distance between a dataset and n of its images, drawn with replacement.
+def floor(real, labels, n):
+    """The Frechet distance between a dataset and n of its images: the error of a covariance estimated from n images.
 
-    A perfect model has no lower FD with n images: it is the error of a covariance estimated from n images.
+    Each draw has equally many images of each class, as generated ones have, and none twice where the class has enough:
+    it is 0 where a draw takes all of them.
+
+    Args:
+        real: the dataset's summary().
+        labels: the classes of its images, [N].
+
+    Returns:
+        dict(mean, std, draws): over so many draws.
     """
-    rows = np.random.default_rng(0).integers(len(real["features"]), size=n)
-    return fid_statistics_to_metric(summary(real["features"][rows]), real, verbose=False)[KEY_METRIC_FID]
+    rng, values = np.random.default_rng(0), []
+    rows = [np.flatnonzero(labels.numpy() == label) for label in labels.unique()]
+    for _ in range(FLOOR_DRAWS):
+        shares = [len(part) for part in np.array_split(np.arange(n), len(rows))]
+        drawn = [rng.choice(own, share, replace=share > len(own)) for own, share in zip(rows, shares, strict=True)]
+        drawn = summary(real["features"][np.concatenate(drawn)])
+        values.append(fid_statistics_to_metric(drawn, real, verbose=False)[KEY_METRIC_FID])
+    return dict(mean=float(np.mean(values)), std=float(np.std(values, ddof=1)), draws=FLOOR_DRAWS)

@@ -5,12 +5,17 @@ from torchvision.utils import make_grid
 
 from support.data import to_uint8
 from support.randomness import image_noise
+from support.sampling import not_finite, refuse
 
 MAX_ROWS = 16                                       # classes shown in the grids of a run
 
 
 def class_grid(images, rows):
-    """A picture, float [3, H, W] in [0, 1], of images [N, 3, 32, 32] in [-1, 1]; row r shows images r, r + rows, ..."""
+    """A picture, float [3, H, W] in [0, 1], of images [N, 3, 32, 32] in [-1, 1]; row r shows images r, r + rows, ...
+
+    Raises NonFiniteError where an image holds NaN or infinity.
+    """
+    refuse(not_finite(images))
     blank = -torch.ones(-len(images) % rows, *images.shape[1:])
     images = torch.cat([images.cpu().float(), blank])                               # [rows * columns, 3, 32, 32]
     columns = len(images) // rows

@@ -5,7 +5,9 @@
 """
 
 import contextlib
+import os
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -16,11 +18,17 @@ from support.errors import UsageError
 # The last version whose checkpoints do not name the commit that made them.
 LAST_UNNAMED = "804d3b3"
 SESSION_FLAGS = ("stamp", "given", "run_dir", "device", "max_minutes", "resume", "overwrite", "preset")
+PATH_FLAGS = ("data_dir", "teacher", "guide", "init", "feature_extractor", "inception_weights")
 
 
 def settings(args):
-    """The flags that a checkpoint remembers: all but those of one session at the machine."""
-    return {name: value for name, value in vars(args).items() if name not in SESSION_FLAGS}
+    """The flags that a checkpoint remembers: all but those of one session at the machine. Paths become absolute."""
+    return {name: absolute(name, value) for name, value in vars(args).items() if name not in SESSION_FLAGS}
+
+
+def absolute(name, value):
+    """The value of a flag, a path as an absolute one: it must mean the same from another directory."""
+    return os.path.abspath(value) if name in PATH_FLAGS and value else value
 
 
 def choose_preset(args, figures):
@@ -54,10 +62,11 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
     given = parser.given(argv)
     stamp = checkpoint.stamp(args.run_dir)          # before the checkpoint is read
     found = checkpoint.find(args.run_dir) if Path(args.run_dir).is_dir() else None
-    check_folder(args, found)
+    go_on = args.resume or restarted()
+    check_folder(args, found, go_on)
     state, defaults = None, {}
-    if found and args.resume:
-        state = checkpoint.load(found, kind=kind)
+    if found and go_on:
+        state = checkpoint.load(args.run_dir, kind=kind)
         if "settings" not in state:
             raise checkpoint.CheckpointError(f"{found} holds weights only: nothing to resume")
         unknown = [name for name in state["settings"] if not hasattr(args, name)]
@@ -73,19 +82,29 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     check(args, state, {name: parser.get_default(name) for name in fixed})
+    if state:
+        how = "" if args.resume else ", as torchrun has restarted this script"
+        processes.main_only(print)(f"resumes {found}, step {state['step']} of {args.steps}{how}")
+    elif args.resume:
+        checkpoint.note(f"note: there is no run in {args.run_dir} to resume: a new one begins")
     args.preset, args.given, args.stamp = preset, given, stamp
     return args, state
 
 
-def check_folder(args, found):
-    """Raise UsageError unless a run may begin in --run_dir, or resume from the checkpoint found there."""
+def restarted():
+    """Whether torchrun --max_restarts has started this script again: it must not overwrite what it did before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def check_folder(args, found, go_on):
+    """Raise UsageError unless a run may begin in --run_dir, or go on from the checkpoint found there."""
     folder = Path(args.run_dir)
     if str(folder) != str(folder).encode(errors="replace").decode():
         raise UsageError(f"--run_dir {folder}: TensorBoard writes only into folders whose names are UTF-8")
-    left = [name for name in (checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG) if (folder / name).exists()]
+    left = [name for name in (*checkpoint.NAMES[1:], checkpoint.LOG) if (folder / name).exists()]
     if left and not found and not args.overwrite:   # a new run would delete them
         raise UsageError(f"{folder} holds {left[0]} but no {checkpoint.NAME}: --overwrite starts anew in it")
-    if found and not args.resume and not args.overwrite:
+    if found and not go_on and not args.overwrite:
         raise UsageError(f"{folder} holds a run already: give --resume, --overwrite, or another --run_dir")
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite exclude one another")
@@ -98,29 +117,35 @@ def check(args, state, fixed):
         raise UsageError(f"--batch_size {args.batch_size} cannot be divided among {shares}")
     if state and args.batch_size != state["settings"]["batch_size"] and processes.MAIN:
         print(f"note: --batch_size was {state['settings']['batch_size']} before", file=sys.stderr)
+    if state and args.steps < state["step"]:
+        raise UsageError(f"--steps {args.steps}: the run in {args.run_dir} has taken {state['step']} steps already")
     for name, default in fixed.items() if state else ():
         saved = state["settings"].get(name, default)            # an older version may not have had the flag
         none_yet = name == "dataset" and saved is None          # a student that has needed no real images so far
-        if getattr(args, name) != saved and not none_yet:
+        if absolute(name, getattr(args, name)) != absolute(name, saved) and not none_yet:
             raise UsageError(f"--{name} {getattr(args, name)} differs from the resumed run's {saved}")
     if args.eval_every:
         validation.check_features(args)
 
 
 @contextlib.contextmanager
-def restoring(path):
-    """Context in which a state that does not fit the networks or optimizers becomes a CheckpointError."""
+def restoring(path, part=None):
+    """Context in which a state that does not fit becomes a CheckpointError; part: what of it is restored, if not all.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"there is no {error}" if isinstance(error, KeyError) else textwrap.shorten(str(error), 200)
+        reason = f"{part}: {reason}" if part else reason
         raise checkpoint.CheckpointError(f"the checkpoint at {path} does not fit this version: {reason}") from error
 
 
 def restore(args, state, stateful):
     """Load what has a state_dict (name -> object) from the resumed run's checkpoint; nothing if state is None."""
     with restoring(args.run_dir):
-        for name, found in stateful.items() if state else ():
-            found.load_state_dict(state[name])
+        states = {name: state[name] for name in stateful} if state else {}
+    for name, found in states.items():
+        with restoring(args.run_dir, name):
+            stateful[name].load_state_dict(found)

@@ -7,6 +7,7 @@
         run.keep(draw)                              # draws grids, saves and measures, as often as the flags ask
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from support import checkpoint, hardware, processes, records, resume
 from support.errors import RunError
-from support.meter import Meter
+from support.meter import Meter, NonFiniteError
 from support.run_folder import RunFolder
 from support.signals import StopSignal
 
@@ -109,7 +110,17 @@ class Run:
 
     def grid(self, name, rows, *panels):
         """Write images [N, 3, 32, 32], one class per row, panels side by side, as grids/<step>_<name>.png."""
-        self.folder.grid(self.step, name, rows, *panels)
+        with self.stopped_by(f"the grid {name}"):
+            self.folder.grid(self.step, name, rows, *panels)
+
+    @contextlib.contextmanager
+    def stopped_by(self, what):
+        """Context in which images that are not finite stop the run as such a loss does."""
+        try:
+            yield
+        except NonFiniteError as error:
+            reason = f"{error} in {what} at step {self.step}"
+            raise NonFiniteError(f"{reason}: stopped; the last checkpoint stands") from error
 
     def keep(self, draw):
         """Draw every --sample_every steps, save every --save_every, measure every --eval_every; all at the last step.
@@ -137,11 +148,11 @@ class Run:
             raise OutOfStepError("the processes hold different weights: stopped; the last checkpoint stands")
         resumed_from = {key: found.state_dict() for key, found in self.stateful.items()}
         commit = records.GIT and records.GIT["commit"]
-        checkpoint.save(
-            self.path / name,
-            dict(self.describe(), step=self.step, settings=resume.settings(self.args), commit=commit,
-                 meter=self.meter.state(), best=self.best, **resumed_from),
-        )
+        state = dict(self.describe(), step=self.step, settings=resume.settings(self.args), commit=commit,
+                     meter=self.meter.state(), best=self.best, **resumed_from)
+        if name == checkpoint.NAME and self.step:   # at step 0 what is there is of another run
+            checkpoint.keep_previous(self.path)
+        checkpoint.save(self.path / name, state)
         self.saved = time.monotonic()
 
     def measures(self):
@@ -151,7 +162,8 @@ class Run:
     @torch.no_grad()
     def measure(self):
         """Log the metrics of the EMA's images; the checkpoint with the lowest distance becomes best.pt."""
-        values = self.validation(self.sample)
+        with self.stopped_by("the measurement"):
+            values = self.validation(self.sample)
         self.folder.scalars(self.step, values)
         distance = values[self.validation.key]
         better = distance < self.best["distance"]

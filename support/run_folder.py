@@ -39,7 +39,7 @@ class RunFolder:
         self.path = Path(path)
         if not processes.MAIN:
             return
-        (self.path / "grids").mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(path), "grids").mkdir(parents=True, exist_ok=True)   # also where a link points to nothing
         place = (self.path / "lock").resolve()
         if place in LOCKS:                          # of a run that failed in this process, in a notebook for instance
             LOCKS[place].close()
@@ -55,6 +55,7 @@ class RunFolder:
                 raise RunInUseError(f"{path} is being written by {name}")
         if checkpoint.stamp(path) != known:                    # a run has ended here while this one started
             raise RunInUseError(f"another process has saved to {path} just now: start again")
+        checkpoint.restore_previous(path)
         name = f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         files.write(writer, lambda file: file.write(name.encode()))
         for name in (*checkpoint.NAMES, checkpoint.LOG, writer.name):       # leftovers of a killed save
@@ -70,7 +71,7 @@ class RunFolder:
                 run has left in the folder is deleted.
         """
         self.start_step, self.log_path = start_step, self.path / checkpoint.LOG
-        former = [checkpoint.BEST, checkpoint.GUIDE, checkpoint.LOG, "grids/*.png", "tensorboard/events.out.tfevents.*"]
+        former = [*checkpoint.NAMES[1:], checkpoint.LOG, "grids/*.png", "tensorboard/events.out.tfevents.*"]
         for file in (file for pattern in former for file in self.path.glob(pattern) if start_step == 0):
             file.unlink()
         # A killed run may have logged steps after its last save, which are about to be taken again: drop these lines.
@@ -83,10 +84,13 @@ class RunFolder:
         self.logged = [set(json.loads(line)) for line in lines if json_step(line) == start_step]
         # TensorBoard's writer thread prints its failure and raises it again in the main thread: print it once.
         threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
-        # TensorBoard reads its files in the order of their names, which begin with the second of their creation. Two
-        # files of one second could be read in reverse, which would hide steps: wait for the next second.
-        while list(self.path.glob(f"tensorboard/*.tfevents.{int(time.time()):010d}.*")):
-            time.sleep(0.05)
+        # TensorBoard reads its files in the order of their names, which begin with the second of their creation. In the
+        # same second, or after the clock was set back, the new file might not be the last, which would hide steps: then
+        # give those before it the seconds 0, 1, 2, ...
+        boards = sorted(self.path.glob("tensorboard/events.out.tfevents.*"))
+        if boards and boards[-1].name.split(".")[3] >= f"{int(time.time()):010d}":
+            for i, file in enumerate(boards):
+                file.rename(file.with_name(".".join(["events.out.tfevents", f"{i:010d}", *file.name.split(".")[4:]])))
         self.board = SummaryWriter(self.path / "tensorboard", purge_step=start_step + 1)
 
     @contextlib.contextmanager

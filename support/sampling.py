@@ -11,7 +11,19 @@ from tqdm import tqdm
 import diffusion
 from support import networks, processes
 from support.data import to_uint8
+from support.meter import NonFiniteError
 from support.randomness import image_noise
+
+
+def not_finite(images):
+    """Which images [N, 3, 32, 32] hold NaN or infinity, of which to_uint8 would make black or white: 0 or 1, [N]."""
+    return (~images.isfinite()).flatten(1).any(1).int()
+
+
+def refuse(bad):
+    """Raise NonFiniteError where not_finite() has found any."""
+    if bad.any():
+        raise NonFiniteError(f"{int(bad.sum())} of {len(bad)} images hold NaN or infinity")
 
 
 def evaluations(state, num_steps, cfg):
@@ -61,18 +73,23 @@ def generate(sample, seed, labels, batch_size, device, bar=False, walk=0.0):
     """The images of labels[0], labels[1], ...: uint8 [N, 3, 32, 32] on the CPU; walk as in image_noise.
 
     Several processes take turns with the batches, which are the same as with one process; each returns all images.
+    Raises NonFiniteError where an image holds NaN or infinity.
     """
     images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
     progress = tqdm(total=len(labels), unit="image", disable=not (bar and processes.MAIN))
+    bad = torch.zeros(len(labels), dtype=torch.int)
     starts = range(0, len(labels), batch_size)
     for start in starts[processes.RANK :: processes.WORLD]:
         batch = labels[start : start + batch_size]
         indices = range(start, start + len(batch))
+        place = slice(start, start + len(batch))
 
         def noise(draw, indices=indices):
             return image_noise(seed, indices, draw, walk).to(device, memory_format=torch.channels_last)
 
-        images[start : start + len(batch)] = to_uint8(sample(noise(0), batch.to(device), renoise=noise)).cpu()
+        made = sample(noise(0), batch.to(device), renoise=noise)
+        images[place], bad[place] = to_uint8(made).cpu(), not_finite(made).cpu()
         progress.update(min(processes.WORLD * len(batch), len(labels) - progress.n))
     progress.close()
+    refuse(processes.sum_on_host(bad))
     return processes.sum_on_host(images)          # each image is zero in all processes but one

@@ -126,6 +126,96 @@ def test_a_flipped_bit_is_refused_or_was_in_no_data(tmp_path, compressed):
     assert refused > 60
 
 
+def test_a_damaged_or_lost_checkpoint_is_replaced_by_the_one_before_it_and_that_is_said(tmp_path, capsys):
+    newest, previous = tmp_path / "checkpoint.pt", tmp_path / "previous.pt"
+    checkpoint.save(newest, teacher_state() | dict(step=4))
+    checkpoint.keep_previous(tmp_path)
+    checkpoint.save(newest, teacher_state())
+    assert checkpoint.load(tmp_path)["step"] == 5 and checkpoint.load(previous)["step"] == 4
+    assert capsys.readouterr().err == ""
+    whole = newest.read_bytes()
+    for damaged, what in ((whole[:-9], "damaged"), (b"", "damaged"), (bytes(len(whole)), "damaged"), (None, "gone")):
+        newest.unlink() if damaged is None else newest.write_bytes(damaged)
+        assert checkpoint.find(tmp_path) == previous and checkpoint.load(tmp_path)["step"] == 4
+        checkpoint.note.cache_clear()
+        assert checkpoint.load(tmp_path)["step"] == 4
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"note: {newest} is {what}: taking the save before it, {previous}"
+        )
+        with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.pt"):
+            checkpoint.load(newest)                 # the file itself was asked for
+    newest.write_bytes(whole[:-9])
+    previous.write_bytes(whole[:-9])
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.pt is"):
+        checkpoint.load(tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+def mortal(function, left):
+    """The function, which is killed before its call once nothing is left; each call takes one."""
+    def call(*args, **how):
+        if not left:
+            raise Killed
+        left.pop()
+        return function(*args, **how)
+
+    return call
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(tmp_path, monkeypatch, damaged):
+    """What a run does from its resume to its next save, killed before each thing that it does to files."""
+    newest, previous, done = tmp_path / "checkpoint.pt", tmp_path / "previous.pt", False
+    for kill in range(99):
+        checkpoint.save(previous, teacher_state() | dict(step=3))
+        checkpoint.save(newest, teacher_state() | dict(step=4))
+        if damaged:
+            newest.write_bytes(newest.read_bytes()[:-9])
+        least, left = 3 if damaged else 4, [None] * kill
+        with monkeypatch.context() as patch:
+            for name in ("link", "replace", "rename", "unlink", "fsync"):
+                patch.setattr(os, name, mortal(getattr(os, name), left))
+            try:
+                checkpoint.restore_previous(tmp_path)
+                checkpoint.keep_previous(tmp_path)
+                checkpoint.save(newest, teacher_state())
+                done = True
+            except Killed:
+                pass
+        assert checkpoint.load(tmp_path)["step"] == 5 if done else checkpoint.load(tmp_path)["step"] >= least
+        if done:
+            break
+    assert done and kill >= 5 + damaged
+    assert checkpoint.load(previous)["step"] == least and not newest.samefile(previous)
+
+
+def test_without_hard_links_there_is_no_previous_checkpoint_and_that_is_said(tmp_path, monkeypatch, capsys):
+    def link(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    checkpoint.save(tmp_path / "checkpoint.pt", teacher_state())
+    monkeypatch.setattr(os, "link", link)
+    checkpoint.keep_previous(tmp_path)
+    checkpoint.save(tmp_path / "checkpoint.pt", teacher_state() | dict(step=6))
+    assert checkpoint.load(tmp_path)["step"] == 6 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert f"note: {tmp_path} cannot keep a previous.pt beside checkpoint.pt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_a_link_stays_one(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "run").mkdir()
+    target, link = tmp_path / "store" / "a.pt", tmp_path / "run" / "checkpoint.pt"
+    link.symlink_to(target)                         # which is not there yet
+    for step in (5, 6):
+        checkpoint.keep_previous(tmp_path / "run") if step == 6 else None
+        checkpoint.save(link, teacher_state() | dict(step=step))
+        assert link.is_symlink() and [checkpoint.load(path)["step"] for path in (target, link.parent)] == [step, step]
+    assert checkpoint.load(tmp_path / "run" / "previous.pt")["step"] == 5 and os.listdir(tmp_path / "store") == ["a.pt"]
+
+
 def test_other_files_are_refused_and_no_code_runs(tmp_path):
     class Evil:
         def __reduce__(self):

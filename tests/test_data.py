@@ -207,7 +207,7 @@ def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
     assert torch.equal(large, stream[:120])
 
 
-def test_batches_of_another_size_go_on_where_the_others_stopped(capsys):
+def test_batches_of_another_size_go_on_where_the_others_stopped():
     dataset = data.Dataset(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.arange(50), [])
     before, after = (data.Batches(dataset, size, seed=1, device="cpu") for size in (20, 5))
     stream = torch.cat([data.Batches(dataset, 20, 1, "cpu")(step)[1] for step in range(5)])
@@ -217,7 +217,4 @@ def test_batches_of_another_size_go_on_where_the_others_stopped(capsys):
     assert torch.equal(torch.cat([after(step)[1] for step in range(3, 7)]), stream[60:80])
     again = data.Batches(dataset, 20, seed=1, device="cpu")
     again.load_state_dict(after.state_dict())
-    assert torch.equal(again(7)[1], stream[80:]) and capsys.readouterr().err == ""
-    other = data.Batches(data.Dataset(dataset.images + 1, dataset.labels, []), 20, seed=1, device="cpu")
-    other.load_state_dict(after.state_dict())
-    assert "the images are not those that the run had before" in capsys.readouterr().err
+    assert torch.equal(again(7)[1], stream[80:])

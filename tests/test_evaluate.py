@@ -86,8 +86,26 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
 def test_the_floor_is_the_distance_of_as_many_fresh_images(drawn, extractor):
     real, fresh = metrics.summary(extractor(drawn[0][:N])[0]), drawn[0][N:][torch.randperm(N)]
     distances = [metrics.distances(part, None, real, extractor)["fd"] for part in fresh.split(N // 8)]
-    assert metrics.floor(real, N // 8) == pytest.approx(np.mean(distances), rel=0.5)
-    assert metrics.floor(real, N) < metrics.floor(real, N // 8) / 3
+    few, many = (metrics.floor(real, drawn[1][:N], n) for n in (N // 8, N // 2))
+    assert few["mean"] == pytest.approx(np.mean(distances), rel=0.5) and 0 < few["std"] < few["mean"]
+    assert many["mean"] < few["mean"] / 3 and few["draws"] == 5
+
+
+def test_the_floor_has_equally_many_of_each_class_and_no_image_twice_where_there_are_enough(monkeypatch):
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 8)
+    real, draws = metrics.summary(torch.randn(88, 4).double()), []
+    summary = metrics.summary
+    monkeypatch.setattr(metrics, "summary", lambda features: draws.append(features) or summary(features))
+    metrics.floor(real, labels, 31)                 # 11, 10 and 10
+    assert len(draws) == 5 and not torch.equal(draws[0], draws[1])
+    for features in draws:
+        rows = [(real["features"] == feature).all(1).nonzero().item() for feature in features]
+        assert labels[rows].bincount().tolist() == [11, 10, 10]
+        assert len({row for row in rows if row < 80}) == 21         # of the 8 of the last class some are drawn again
+    whole = summary(real["features"][:60])
+    assert metrics.floor(whole, torch.arange(60) % 3, 60) == dict(
+        mean=pytest.approx(0, abs=1e-7), std=pytest.approx(0, abs=1e-7), draws=5
+    )
 
 
 def test_features_do_not_depend_on_the_precision_around_them(drawn, extractor):
@@ -220,8 +238,8 @@ def test_the_same_npz_gives_the_same_numbers_twice_and_the_report_says_what_was_
         assert len(os.listdir(tmp_path / "cache")) == 1             # the second time the dataset comes from there
     assert reports[0]["metrics"] == reports[1]["metrics"]
     assert set(reports[0]["metrics"]) == {f"{m}@{N}" for m in ("fd", "precision", "recall")}
-    assert f"FLOOR OF FD@{N}" in capsys.readouterr().out
-    report = reports[0]
+    report, line = reports[0], next(row for row in capsys.readouterr().out.splitlines() if "FLOOR" in row)
+    assert line.split() == f"FLOOR OF FD@{N} {report['floor']['mean']:.4f} +- {report['floor']['std']:.4f}".split()
     assert report["num_images"] == N and report["reference"] == dict(dataset="shapes", split="train", images=2500)
     assert {"command", "hardware", "versions", "seconds", "feature_extractor", "floor"} <= set(report)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -265,6 +283,10 @@ def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_
     assert report["checkpoint"]["evaluations"] == 2 and report["checkpoint"]["step"] == 1
     digest = hashlib.sha256(Path(run, "checkpoint.pt").read_bytes()).hexdigest()
     assert report["checkpoint"]["sha256"] == report["checkpoint"]["guide_sha256"] == digest
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling.diffusion, "heun_sample", lambda net, z, *how: z * float("nan"))
+        before = Path(out).read_bytes()
+        assert call(evaluate, *argv) == 1 and Path(out).read_bytes() == before
     assert call(evaluate, *argv, "--temperature", "9") == 0
     warm = json.loads(Path(out).read_text())
     assert warm["checkpoint"]["temperature"] == 9 and warm["runs"][0]["fd"] != values[0]
@@ -364,6 +386,10 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
     np.savez(tmp_path / "shape.npz", np.zeros((3000, 32, 32), np.uint8))
     np.savez(tmp_path / "pickle.npz", np.array([{}], dtype=object))
     enough = write_npz(tmp_path / "enough.npz", drawn[0][:N])
+    np.save(tmp_path / "one.npy", drawn[0][:N].permute(0, 2, 3, 1).numpy())
+    numbers = torch.arange(N) % 10
+    labels = dict(from_one=numbers + 1, negative=numbers - 1, halves=numbers + 0.5, nan=numbers * float("nan"))
+    labelled = {name: write_npz(tmp_path / f"{name}.npz", drawn[0][:N], found) for name, found in labels.items()}
     np.savez(tmp_path / "names.npz", drawn[0][:N].permute(0, 2, 3, 1).numpy(), np.array(["cat"] * N))
     fixed = torch.export.export(nn.Flatten(), (torch.zeros(4, 3, 32, 32, dtype=torch.uint8),))
     torch.export.save(fixed, tmp_path / "fixed.pt2")                # for batches of 4 alone
@@ -384,6 +410,11 @@ def test_wrong_calls_are_one_line_and_exit_code_2(tmp_path, flags, features, cap
         (["--npz", str(tmp_path / "shape.npz: arr_0 is uint8"), *shapes_flag, *flags], "shape.npz: arr_0 is uint8"),
         (["--npz", str(tmp_path / "pickle.npz"), *shapes_flag, *flags], "pickle.npz"),
         (["--npz", str(tmp_path / "names.npz"), *shapes_flag, *flags], "names.npz"),
+        (["--npz", str(tmp_path / "one.npy"), *shapes_flag, *flags], "one.npy: it is a .npy, a single array"),
+        (["--npz", labelled["from_one"], *shapes_flag, *flags], "from_one.npz: arr_1 holds labels of 1 to 10, and"),
+        (["--npz", labelled["negative"], *shapes_flag, *flags], "classes of --dataset are 0 to 9"),
+        (["--npz", labelled["halves"], *shapes_flag, *flags], "halves.npz: arr_1 holds labels that are not integers"),
+        (["--npz", labelled["nan"], *shapes_flag, *flags], "nan.npz: arr_1 holds labels that are not integers"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", "no.pt2"], "no file no.pt2"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", str(tmp_path / "fixed.pt2")], "fixed.pt2"),
         (["--npz", enough, *shapes_flag, *basic, "--feature_extractor", few], "few.npz"),

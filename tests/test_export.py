@@ -94,6 +94,16 @@ def test_a_file_that_does_not_draw_what_torch_draws_is_not_written(folder, tmp_p
     assert "largest difference" in capsys.readouterr().err and os.listdir(tmp_path) == ["s.pt"]
 
 
+def test_images_that_are_not_finite_are_not_exported(folder, tmp_path, monkeypatch, capsys):
+    state = checkpoint.load(contrasty_student(tmp_path / "s.pt"))
+    state["model_ema"]["label_embedding.weight"][3] = float("inf")
+    checkpoint.save(tmp_path / "s.pt", state)
+    monkeypatch.setattr(export, "to_onnx", lambda *how: onnx.load(folder / "one.onnx"))
+    monkeypatch.setattr(export, "fetch_runtime", lambda: {})
+    assert call(export, "--checkpoint", f"{tmp_path}/s.pt", f"--out={tmp_path}/g", f"--page={tmp_path}/page") == 1
+    assert "error: 2 of 20 images hold NaN or infinity" in capsys.readouterr().err and os.listdir(tmp_path) == ["s.pt"]
+
+
 def test_wrong_calls_end_in_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
     def refused(words, *flags):
         before = sorted(tmp_path.rglob("*"))

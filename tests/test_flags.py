@@ -218,3 +218,10 @@ def test_a_flag_is_refused_in_one_line_that_names_it_or_works(name, action, plac
         check = example(value)(check)
     check()
     assert accepted, f"every value of {flag} was refused"
+
+
+def test_a_path_may_begin_with_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [kind("~/x") for kind in (flags.path, flags.output(), flags.output("folder"))] == [f"{tmp_path}/x"] * 3
+    args, _ = train0.parse_args(["--preset", "none", "--dataset", "shapes", "--run_dir=~/x", "--data_dir=~/y"])
+    assert (args.run_dir, args.data_dir) == (f"{tmp_path}/x", f"{tmp_path}/y") and not os.path.exists("~")

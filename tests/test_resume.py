@@ -4,12 +4,15 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import TINY, call, image_tree, make_teacher
+from conftest import TINY, call, image_tree, make_teacher, read_bytes, teacher_flags
 
+import evaluate
+import settings
 import train
 import train0
-from support import checkpoint
+from support import checkpoint, flags, resume
 
 
 def test_guidance_that_a_teacher_cannot_give_is_left_out_of_a_preset_and_refused_of_a_flag(tmp_path, teacher, capsys):
@@ -51,8 +54,10 @@ def test_a_run_says_what_it_is_made_of_and_notices_that_it_has_changed(tmp_path,
     assert "note:" not in capsys.readouterr().err
     shutil.copy(tree / "cat" / "0.png", tree / "cat" / "9.png")
     assert call(train0, "--run_dir", a, "--resume", "--device", "cpu", "--steps", "3", "--batch_size", "2") == 0
-    err = capsys.readouterr().err
-    assert "the images are not those that the run had before" in err and "--batch_size was 4 before" in err
+    said = capsys.readouterr()
+    assert f"resumes {a}/checkpoint.pt, step 2 of 3" in said.out
+    assert f"those of folder {tree} have changed since it was trained" in said.err
+    assert "--batch_size was 4 before" in said.err
     assert call(train, *resumed, "4") == 0
     assert f"note: {a} is another teacher now" in capsys.readouterr().err
     shutil.rmtree(a)
@@ -117,3 +122,100 @@ def test_too_few_real_images_and_no_home_to_keep_their_features_in(tmp_path, fea
         assert call(train0, *flags, *measured, "--run_dir", str(tmp_path / f"run{n}")) == code
         assert ("64 real images" if code else "cannot keep the features in --cache_dir") in capsys.readouterr().err
         assert (tmp_path / f"run{n}").exists() == (code == 0)
+
+
+def test_the_images_of_a_checkpoint_are_found_from_another_directory_and_told_from_others(
+    tmp_path, features, capsys, monkeypatch
+):
+    """Two folders of one relative name, with the same classes and other images."""
+    for place, size in (("a", (48, 40)), ("b", (32, 32))):
+        image_tree(tmp_path / place / "mine", n=128, size=size)
+    (tmp_path / "b" / "mine" / "cat" / "0.png").write_bytes(read_bytes(tmp_path / "b" / "mine" / "dog" / "9.png"))
+    monkeypatch.chdir(tmp_path / "a")
+    teacher, student, other = (str(tmp_path / name) for name in ("teacher", "student", "other"))
+    assert call(train0, *teacher_flags("mine"), "--run_dir", teacher, "--steps", "1") == 0
+    assert call(train, "--teacher", teacher, *TINY, "--steps", "1", "--run_dir", student) == 0
+    monkeypatch.chdir(tmp_path / "b")
+    measured = ["--num_images", "256", "--num_steps", "1", "--device", "cpu", "--feature_extractor", features]
+    measured += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "x.json"), "--checkpoint"]
+    head = ["--teacher", teacher, *TINY, "--steps", "1", "--gen_cls_loss_weight", "0.1", "--run_dir", other]
+    calls = [(evaluate, *measured, teacher), (evaluate, *measured, student), (train, *head, "--overwrite")]
+    theirs, ours = f"folder {tmp_path}/a/mine", f"folder {tmp_path}/b/mine"
+
+    def notes(*more):
+        said = []
+        for script, *argv in calls:
+            capsys.readouterr()
+            assert call(script, *argv, *more) == 0
+            said.append([line for line in capsys.readouterr().err.splitlines() if "images: those of" in line])
+        return said
+
+    assert notes() == [[], [], []]                  # those in a, though there are some at the same name here
+    for run in (teacher, student, other):
+        assert checkpoint.load(run)["settings"]["data_dir"] == f"{tmp_path}/a/mine"
+    wanted = f"note: the checkpoint's images: those of {ours} are not those it was trained on, of {theirs}"
+    assert notes("--dataset", "folder", "--data_dir", "mine") == [[wanted]] * 3
+    (tmp_path / "a" / "mine" / "dog" / "0.png").write_bytes(read_bytes(tmp_path / "a" / "mine" / "dog" / "9.png"))
+    wanted = f"note: the checkpoint's images: those of {theirs} have changed since it was trained"
+    assert notes() == [[wanted]] * 3
+    assert call(evaluate, *measured, teacher, "--split", "test") == 2               # another split is no change
+
+
+def test_every_path_that_a_checkpoint_remembers_is_absolute(tmp_path, teacher, monkeypatch, capsys):
+    parsers = []
+    monkeypatch.setattr(resume, "parse", lambda parser, *how: parsers.append(parser) or 1 / 0)
+    for parse in settings.parse_teacher, settings.parse_student:
+        with pytest.raises(ZeroDivisionError):
+            parse([])
+    paths = {action.dest for parser in parsers for action in parser._actions if action.type is flags.path}
+    assert paths == {*resume.PATH_FLAGS, "cache_dir"}
+    monkeypatch.undo()
+    monkeypatch.chdir(Path(teacher).parent)
+    name, run = Path(teacher).name, str(tmp_path / "run")
+    assert call(train, "--teacher", name, *TINY, "--steps", "1", "--run_dir", run) == 0
+    assert checkpoint.load(run)["settings"]["teacher"] == teacher
+    again = ["--run_dir", run, "--resume", "--device", "cpu", "--teacher"]
+    assert call(train, *again, name, "--steps", "2") == 0           # the same one, typed as before
+    monkeypatch.chdir(tmp_path)
+    assert call(train, *again, name, "--steps", "3") == 2 and f"--teacher {name} differs" in capsys.readouterr().err
+    assert call(train, *again, teacher, "--steps", "3") == 0
+
+
+def test_what_is_resumed_is_said_and_so_is_that_nothing_is(tmp_path, tree, capsys):
+    run, mistyped = str(tmp_path / "run"), str(tmp_path / "rnu")
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "4") == 0
+    said = capsys.readouterr()
+    assert "resumes" not in said.out and "to resume" not in said.err
+    assert call(train0, "--run_dir", run, "--resume", "--steps", "3", "--device", "cpu") == 2
+    assert f"--steps 3: the run in {run} has taken 4 steps already" in capsys.readouterr().err
+    assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
+    assert f"resumes {run}/checkpoint.pt, step 4 of 4\n" in capsys.readouterr().out
+    assert call(train0, *teacher_flags(tree), "--run_dir", mistyped, "--resume", "--steps", "1") == 0
+    assert f"note: there is no run in {mistyped} to resume: a new one begins" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--overwrite"], []])
+def test_a_restart_by_torchrun_goes_on_with_the_run(tmp_path, tree, capsys, monkeypatch, more):
+    run = str(tmp_path / "run")
+    flags = [*teacher_flags(tree), "--run_dir", run, *more, "--steps"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert call(train0, *flags, "3") == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    steps, count = [], train0.Run.count
+    monkeypatch.setattr(train0.Run, "count", lambda self, **log: steps.append(self.step) or count(self, **log))
+    assert call(train0, *flags, "5") == 0 and steps == [3, 4]
+    assert f"resumes {run}/checkpoint.pt, step 3 of 5, as torchrun has restarted this" in capsys.readouterr().out
+    assert call(train0, *teacher_flags(tree), "--run_dir", f"{run}2", *more, "--steps", "1") == 0   # before any save
+
+
+@pytest.mark.parametrize("lost, said", [
+    (lambda state: state.pop("ema"), "does not fit this version: there is no 'ema'"),
+    (lambda state: state["optimizer"].pop("adam"), "does not fit this version: optimizer: there is no 'adam'"),
+    (lambda state: state["model"].pop("out_conv.bias"), '"out_conv.bias"'),
+])
+def test_what_does_not_fit_is_named(tmp_path, teacher, capsys, lost, said):
+    state = checkpoint.load(teacher)
+    lost(state)
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    assert call(train0, "--run_dir", str(tmp_path), "--resume", "--steps", "7", "--device", "cpu") == 2
+    assert said in capsys.readouterr().err and os.listdir(tmp_path) == ["checkpoint.pt"]

@@ -4,11 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, log_of, make_teacher, read_bytes, teacher_flags
+from conftest import ROOT, assert_same_run, call, log_of, make_teacher, read_bytes, teacher_flags
 
 import train0
 from support import checkpoint, data, run_folder
@@ -44,7 +45,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_checkpoint_until_the_new_one_is
     assert [row["step"] for row in log_of(run)] == [2, 3]
 
 
-@pytest.mark.parametrize("name", ["best.pt", "guide.pt", "log.jsonl"])
+@pytest.mark.parametrize("name", ["best.pt", "guide.pt", "previous.pt", "log.jsonl"])
 def test_a_folder_with_the_rest_of_a_run_is_not_taken_for_a_new_one(tmp_path, tree, capsys, name):
     run = tmp_path / "a"
     run.mkdir()
@@ -101,3 +102,45 @@ def test_a_save_between_reading_and_locking_the_folder_is_not_lost(flags, tmp_pa
     assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "4", *flags) == 2
     assert f"another process has saved to {run} just now" in capsys.readouterr().err
     assert read_bytes(f"{run}/checkpoint.pt") == read_bytes(f"{other}/checkpoint.pt")
+
+
+def test_a_run_keeps_its_last_two_checkpoints_and_goes_on_from_the_older_one(tmp_path, tree, capsys):
+    straight, run = (make_teacher(tmp_path / name, tree, "--steps", "9") for name in "ab")
+    assert [checkpoint.load(f"{run}/{name}.pt")["step"] for name in ("previous", "checkpoint")] == [6, 9]
+    Path(run, "checkpoint.pt").write_bytes(read_bytes(f"{run}/checkpoint.pt")[:-999])
+    capsys.readouterr()
+    assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
+    said = capsys.readouterr()
+    assert f"note: {run}/checkpoint.pt is damaged: taking the save before it, {run}/previous.pt" in said.err
+    assert f"resumes {run}/previous.pt, step 6 of 9" in said.out
+    assert_same_run(straight, run)
+    assert [checkpoint.load(f"{run}/{name}.pt")["step"] for name in ("previous", "checkpoint")] == [6, 9]
+    Path(run, "checkpoint.pt").unlink()
+    assert call(train0, "--run_dir", run, "--resume", "--device", "cpu") == 0
+    assert_same_run(straight, run)
+    assert call(train0, *teacher_flags(tree), "--run_dir", run, "--steps", "1", "--overwrite") == 0
+    assert [checkpoint.load(f"{run}/{name}.pt")["step"] for name in ("previous", "checkpoint")] == [0, 1]
+
+
+def test_a_run_folder_that_is_a_link_to_nothing_is_made(tmp_path, tree):
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "deep")
+    make_teacher(tmp_path / "run", tree, "--steps", "1")
+    assert checkpoint.load(tmp_path / "disk" / "deep")["step"] == 1 and (tmp_path / "run").is_symlink()
+
+
+@pytest.mark.parametrize("hours", [0, -1, -10**5])
+def test_tensorboard_has_every_step_whatever_the_clock_does(tmp_path, monkeypatch, hours):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    now = time.time()                               # it stands still
+    for session in range(4):
+        monkeypatch.setattr(time, "time", lambda at=now + 3600 * hours * session: at)
+        folder = run_folder.RunFolder(tmp_path, None)
+        folder.begin(2 * session)
+        for step in (2 * session + 1, 2 * session + 2):
+            folder.scalars(step, dict(loss=float(step)))
+        folder.close()
+    board = EventAccumulator(f"{tmp_path}/tensorboard", size_guidance=dict(scalars=0))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(i, i) for i in range(1, 9)]
+    assert len(os.listdir(tmp_path / "tensorboard")) == 4

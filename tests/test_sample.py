@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import torch
-from conftest import TINY, call
+from conftest import TINY, call, save_net, trained_net
 from PIL import Image
 
 import sample
@@ -78,3 +78,45 @@ def test_class_grid_puts_a_class_in_each_row():
     for row in range(3):
         cells = picture[:, 34 * row + 2 : 34 * row + 34, 2:34]
         torch.testing.assert_close(cells, torch.full_like(cells, row / 2), atol=0.01, rtol=0)
+
+
+def test_single_images_go_into_an_empty_folder_only(tmp_path, teacher, capsys):
+    common = ["--checkpoint", teacher, "--device", "cpu", "--num_steps", "1", "--out", f"{tmp_path}/x.png", "--images"]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    assert call(sample, *common, str(folder), "--num_images", "3") == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert call(sample, *common, str(folder), "--num_images", "2") == 2
+    assert f"--images: {folder} is there already and is not empty" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before and len(before) == 5
+
+
+def test_images_that_are_not_finite_are_one_line_and_not_written(tmp_path, capsys):
+    net = trained_net(channels=8, label_dim=2)
+    good, bad = (save_net(tmp_path / f"{name}.pt", net, classes=["a", "b"]) for name in ("good", "bad"))
+    state = checkpoint.load(bad)
+    state["model_ema"]["label_embedding.weight"][1] = float("nan")
+    checkpoint.save(bad, state)
+    flags = ["--num_images", "5", "--batch_size", "2", "--device", "cpu", "--out", f"{tmp_path}/x.png"]
+    flags += ["--npz", f"{tmp_path}/x.npz", "--checkpoint"]
+    assert call(sample, *flags, bad) == 1           # two of the five are of class b
+    err = capsys.readouterr().err.strip()
+    assert err.splitlines()[-1].endswith("error: 2 of 5 images hold NaN or infinity") and "Traceback" not in err
+    assert sorted(os.listdir(tmp_path)) == ["bad.pt", "good.pt"]
+    assert call(sample, *flags, good) == 0
+
+
+def test_a_grid_of_many_classes_shows_the_first_and_says_so(tmp_path, capsys):
+    net = trained_net(channels=8, label_dim=150)
+    many = save_net(tmp_path / "many.pt", net, classes=[f"c{i}" for i in range(150)])
+    flags = ["--out", f"{tmp_path}/x.png", "--npz", f"{tmp_path}/x.npz", "--num_images", "320", "--device", "cpu"]
+    assert call(sample, "--checkpoint", many, *flags) == 0
+    assert f"{tmp_path}/x.png shows 220 of 320 images and 100 of 150 classes" in capsys.readouterr().out
+    picture, images = np.asarray(Image.open(tmp_path / "x.png")), np.load(tmp_path / "x.npz")["arr_0"]
+    assert picture.shape == (100 * 34 + 2, 3 * 34 + 2, 3)
+    for row, column in ((0, 0), (99, 1), (19, 2)):
+        cell = picture[34 * row + 2 : 34 * row + 34, 34 * column + 2 : 34 * column + 34]
+        assert np.array_equal(cell, images[150 * column + row])
+    assert call(sample, "--checkpoint", many, "--labels", "7", "3", *flags) == 0
+    assert "shows" not in capsys.readouterr().out and Image.open(tmp_path / "x.png").size[1] == 2 * 34 + 2

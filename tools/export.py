@@ -39,6 +39,7 @@ import diffusion
 from support import checkpoint, errors, files, flags, networks, resume
 from support.data import to_uint8
 from support.randomness import image_noise
+from support.sampling import not_finite, refuse
 
 PAGE = Path(__file__).resolve().parent / "page"
 RUNTIME = "onnxruntime-web@1.30.0"                  # and the SHA-512 of its archive, as npm publishes it
@@ -59,8 +60,12 @@ class Generator(nn.Module):
         self.float_output = float_output
 
     @torch.no_grad()
+    def draw(self, z, labels, renoise=None):
+        """The images, float [N, 3, 32, 32], about [-1, 1]."""
+        return diffusion.few_step_sample(self.net, z, labels, self.sigmas, lambda i: renoise[:, i - 1])
+
     def forward(self, z, labels, renoise=None):
-        x = diffusion.few_step_sample(self.net, z, labels, self.sigmas, lambda i: renoise[:, i - 1])
+        x = self.draw(z, labels, renoise)
         images = to_uint8(x).permute(0, 2, 3, 1)
         return (images, x) if self.float_output else images
 
@@ -118,16 +123,19 @@ def check(model, generator):
     """Compare the file's images with torch's and say how far apart they are.
 
     Raises:
+        NonFiniteError: torch's images hold NaN or infinity.
         UsageError: more than one value in a thousand is more than 1 of 255 apart.
     """
     import onnxruntime
 
     example = generator.example(CHECKED_IMAGES)
-    wanted = generator(**example)
+    x = generator.draw(**example)
+    refuse(not_finite(x))
+    wanted = to_uint8(x).permute(0, 2, 3, 1)
     session = onnxruntime.InferenceSession(model)
     found = session.run(None, {name: value.numpy() for name, value in example.items()})
     if generator.float_output:
-        (wanted, x), (found, y) = wanted, found
+        found, y = found
         print(f"largest difference from torch before rounding to uint8: {abs(x.numpy() - y).max():.1e}")
     else:
         found, = found
