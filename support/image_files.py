@@ -118,19 +118,21 @@ def read(paths):
                     unknown.append((i, *found.unknown))
         return unknown
 
-    unknown = parallel(attempt, range(len(paths)))
-    if failed:
-        count = f"{len(failed)} of {len(paths)} images cannot be read: " if len(failed) > 1 else ""
-        raise DataError(count + few([failed[i] for i in sorted(failed)], 3))
-    scaled = []
+    def attempt_all(rows):
+        unknown = parallel(attempt, rows)
+        if failed:
+            count = f"{len(failed)} of {len(paths)} images cannot be read: " if len(failed) > 1 else ""
+            raise DataError(count + few([failed[i] for i in sorted(failed)], 3))
+        return unknown
+
+    unknown, scaled = attempt_all(range(len(paths))), []
     for bits in sorted({bits for _, bits, _ in unknown}):
+        rows = [i for i, kind, _ in unknown if kind == bits]
         largest = max(high for _, kind, high in unknown if kind == bits)
-        depth = next((depth for depth in pixels.DEPTHS if largest < 2**depth), bits)
-        if depth < bits:
-            depths[bits] = depth
-            rows = [i for i, kind, _ in unknown if kind == bits]
-            parallel(attempt, rows)
-            white = f"{2**depth - 1} as white, their largest value being {largest}"
+        depths[bits] = next((depth for depth in pixels.DEPTHS if largest < 2**depth and depth < bits), bits)
+        if depths[bits] < bits:
+            attempt_all(rows)
+            white = f"{2 ** depths[bits] - 1} as white, their largest value being {largest}"
             scaled.append(f"{len(rows)} of {bits + bits % 2} bits read with {white}")           # the sign is a bit, too
     counts = Counter(note for some in notes for note in some)
     return torch.from_numpy(images), [f"{n} {note}" for note, n in sorted(counts.items())] + scaled

@@ -71,16 +71,7 @@ def decode(path, depths=None):
             draft = file.draft(None, [side // 8 for side in file.size])             # None unless it is a JPEG
         tiles = list(file.tile)
         file.load()
-        notes, (mode, transform) = (), (None, None)
-        if file.info.get("icc_profile"):
-            try:
-                mode, transform = to_srgb(file.info["icc_profile"])
-                if (mode == "CMYK") != (file.mode == "CMYK") or (mode == "L" and file.mode[0] not in "1LIF"):
-                    raise ValueError("a profile of another kind of image")
-                notes = ("converted to sRGB by a colour profile",) if transform else ()
-            except Exception:                       # lcms and Pillow have several types
-                notes = ("with an unusable colour profile, ignored",)
-                mode = transform = None
+        mode, transform, notes = profile_of(file)
         image, more, unknown = eight_bits(file, path, tiles, depths or {})
         image = opaque(image)
         if not (transform and mode == "CMYK"):
@@ -120,6 +111,20 @@ def opaque(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
+def profile_of(file):
+    """The mode and the transform to sRGB that a file's colour profile has, None without a usable one; and notes."""
+    profile = file.info.get("icc_profile")
+    if not profile:
+        return None, None, ()
+    try:
+        mode, transform = to_srgb(profile)
+        if (mode == "CMYK") != (file.mode == "CMYK") or (mode == "L" and file.mode[0] not in "1LIF"):
+            raise ValueError("a profile of another kind of image")
+    except Exception:                               # lcms and Pillow have several types
+        return None, None, ("with an unusable colour profile, ignored",)
+    return mode, transform, ("converted to sRGB by a colour profile",) if transform else ()
+
+
 @lru_cache(64)
 def to_srgb(profile):
     """A colour profile's mode ("RGB", "L" or "CMYK") and its transform to sRGB, None if it is sRGB itself.
@@ -132,11 +137,10 @@ def to_srgb(profile):
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode == "CMYK":
         return mode, transform
-    # There are many files of sRGB: their common sign is that no colour changes by more than rounding.
-    levels = np.arange(256) if mode == "L" else np.linspace(0, 255, 18).round()
-    colours = np.stack(np.meshgrid(*[levels] * (1 if mode == "L" else 3)), -1).reshape(1, -1, 1 if mode == "L" else 3)
-    colours = colours.astype(np.uint8)
-    image = Image.fromarray(colours[..., 0] if mode == "L" else colours)
+    # sRGB has many profiles; what they share is that no colour changes by more than rounding.
+    levels, channels = (np.arange(256), 1) if mode == "L" else (np.linspace(0, 255, 18).round(), 3)
+    colours = np.stack(np.meshgrid(*[levels] * channels), -1).astype(np.uint8).reshape(1, -1, channels)
+    image = Image.fromarray(colours.squeeze(-1) if mode == "L" else colours)
     change = np.abs(np.asarray(ImageCms.applyTransform(image, transform)).astype(int) - colours)
     return mode, transform if change.max() > 2 else None
 

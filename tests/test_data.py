@@ -173,8 +173,9 @@ def test_names_that_are_not_utf_8_are_names_too(tmp_path):
     dataset = data.load("folder", tree, "train", tmp_path / "cache")
     assert dataset.classes == [class_name, "dog"] and len(dataset.digest()) == 64
     (tree / "dog" / file_name).write_bytes(b"")
-    with pytest.raises(data.DataError, match="cannot read image .*dog/\udce9[.]png"):
+    with pytest.raises(data.DataError) as raised:
         data.load("folder", tree, "train", tmp_path / "cache")
+    assert "cannot read image" in str(raised.value) and f"dog/{file_name}" in str(raised.value)
     torch.save(dataset.classes, tmp_path / "classes.pt")
     assert torch.load(tmp_path / "classes.pt", weights_only=True) == dataset.classes
 
