@@ -93,8 +93,8 @@ def left_out(paths):
 def read(paths):
     """The images, uint8 [N, 3, 32, 32] RGB, and a list of what was done to their colours: ["3 scaled by ...", ...].
 
-    The order is that of the paths. All cores decode, by threads: decoders release the interpreter lock, and processes,
-    which start for seconds, were no faster with 32x32 PNGs on two cores.
+    The order is that of the paths. Threads decode on all cores, as decoders release the interpreter lock. They make
+    photographs faster, not PNGs of 32x32; on two cores, processes gained less there than they took to start.
 
     Integers of 16 or 32 bits often use fewer. Where the files do not name the value of white, it is the largest number
     of 8, 10, 12, 14, 16 or 24 bits, or of all, that is enough for the largest value in any of these files.
