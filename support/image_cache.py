@@ -44,8 +44,8 @@ def read(paths, root, cache_dir):
         pass
     began, clock = time.perf_counter(), time.time()
     images, notes = image_files.read(paths)
-    # A file that changes while it is read, or within the same tick of its clock, would go unnoticed later.
-    if time.perf_counter() - began > WORTH_KEEPING and changed < clock - SETTLED and state_of(paths)[0] == key:
+    # The key is of before the reading, so later changes show, except within the same tick of the file system's clock.
+    if time.perf_counter() - began > WORTH_KEEPING and changed < clock - SETTLED:
         arrays = dict(key=key, notes=json.dumps(notes), images=images.numpy())
         try:
             files.write(cache, lambda file: np.savez(file, **arrays))

@@ -230,12 +230,8 @@ def white_of(file, bits, high, depths):
 
 
 def without_alpha(file):
-    """An image whose alpha channel is not one. Only an icon has another sign of transparency, its mask of one bit."""
+    """An image without its alpha channel of zeros. An icon may have a mask of one bit; if it is a PNG, zeros count."""
     if file.format != "ICO":
         return file.convert("RGB")
-    header = file.ico.entry[0]
-    file.ico.buf.seek(header.offset)
-    if file.ico.buf.read(4) == b"\x89PNG":
-        return file
-    file.ico.entry[0] = header._replace(bpp=24)     # Pillow reads the mask only where there is no alpha channel
+    file.ico.entry[0] = file.ico.entry[0]._replace(bpp=24)      # Pillow reads the mask where there is no alpha channel
     return file.ico.frame(0)
