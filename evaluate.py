@@ -120,12 +120,14 @@ def check_labels(path, labels, dataset):
 
 def read_images(folder):
     """All images below a folder, by name: uint8 [N, 3, 32, 32]; larger ones are resized as those of a dataset are."""
-    images, others = image_files.find(folder)
-    if not images:
+    paths, others = image_files.find(folder)
+    if not paths:
         raise data.DataError(f"no images in {folder}")
-    if others and processes.MAIN:
-        print(f"note: {folder}: {image_files.left_out(others)}", file=sys.stderr)
-    return image_files.read(images)
+    images, notes = image_files.read(paths)
+    notes += [image_files.left_out(others)] if others else []
+    if notes and processes.MAIN:
+        print(f"note: {folder}: {', '.join(notes)}", file=sys.stderr)
+    return images
 
 
 def sha256(path):

@@ -12,19 +12,21 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 
-from support import image_files, processes, shapes
+from support import image_cache, image_files, processes, shapes
 from support.errors import UsageError
-from support.image_files import DataError, few
+from support.image_files import DataError, few, number
 
 DATASETS = ("cifar10", "folder", "shapes")
 SHAPES_TRAIN_IMAGES = 20_000
+# Folders of these names hold a part of the dataset, each with the same classes.
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
 @dataclass
@@ -32,11 +34,13 @@ class Dataset:
     images: torch.Tensor                            # uint8 [N, 3, 32, 32] RGB
     labels: torch.Tensor                            # int64 [N]
     classes: list                                   # class names, in label order
-    left_out: list = field(default_factory=list)    # paths of the files that were skipped
+    left_out: list = field(default_factory=list)    # paths of the files and folders that were skipped
+    notes: list = field(default_factory=list)       # how the images were read, as of image_files.read
 
     def __str__(self):
-        """270 images, 3 classes (leaf, apple, sky), 30 files left out (.heic)"""
-        words = [f"{len(self.images)} images", f"{len(self.classes)} classes ({few(self.classes)})"]
+        """270 images (20 converted to sRGB by a colour profile), 2 classes (leaf, sky), 30 files left out (.heic)"""
+        words = [number(len(self.images), "image") + (f" ({'; '.join(self.notes)})" if self.notes else "")]
+        words += [f"{number(len(self.classes), 'class', 'classes')} ({few(self.classes)})"]
         return ", ".join(words + ([image_files.left_out(self.left_out)] if self.left_out else []))
 
     def digest(self):
@@ -47,16 +51,17 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load(name, data_dir="data", split="train"):
+def load(name, data_dir="data", split="train", cache_dir=None):
     """Read a dataset into memory.
 
     Args:
         name: "cifar10" (downloaded to data_dir if it is not there), "folder" (a tree data_dir/<class>/<image> or
             data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find), or "shapes" (drawn).
         split: "train" or "test".
+        cache_dir: where a large folder's images are kept, for the next time; None: nowhere.
 
     Raises:
-        DataError: the dataset is not there, or a file of it cannot be read.
+        DataError: the dataset is not there, its classes are ambiguous, or a file of it cannot be read.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
@@ -64,7 +69,7 @@ def load(name, data_dir="data", split="train"):
         # Seeds 0 and 1 are the two splits; any other seed is a fresh sample.
         images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1)
         return Dataset(torch.from_numpy(images), torch.from_numpy(labels), list(shapes.CLASSES))
-    return load_cifar10(Path(data_dir), split) if name == "cifar10" else load_folder(Path(data_dir), split)
+    return load_cifar10(Path(data_dir), split) if name == "cifar10" else load_folder(Path(data_dir), split, cache_dir)
 
 
 def load_cifar10(root, split):
@@ -87,15 +92,10 @@ def load_cifar10(root, split):
     return Dataset(images, torch.tensor(cifar.targets), cifar.classes)
 
 
-def load_folder(root, split):
-    if not root.is_dir():
-        raise DataError(f"--data_dir {root}: no such folder")
-    if class_folders(root / split):                 # it holds classes, so it is a split and not a class
-        root = root / split
-    elif split != "train":
-        raise DataError(f"--data_dir {root} has no folder {split}")
+def load_folder(root, split, cache_dir=None):
+    root, data_dir = split_folder(root, split), root
     folders = class_folders(root)
-    loose = [path for path in root.glob("[!.]*") if not path.is_dir()]
+    loose = sorted({*root.iterdir()} - {*folders})
     if not folders:
         a_class = any(image_files.is_image(path) for path in loose)
         advice = ", only images: give its parent, if it is a class" if a_class else ""
@@ -105,15 +105,65 @@ def load_folder(root, split):
     empty = [folder.name for folder, (images, _) in zip(folders, found, strict=True) if not images]
     if empty:
         raise DataError(f"no images in class folder {few(empty)} of {root}, or only such as another class has")
-    images = image_files.read([path for images, _ in found for path in images])
-    labels = torch.cat([torch.full((len(images),), label) for label, (images, _) in enumerate(found)])
+    paths = [path for images, _ in found for path in images]
+    images, notes = image_cache.read(paths, root, cache_dir) if cache_dir else image_files.read(paths)
+    labels = torch.cat([torch.full((len(some),), label) for label, (some, _) in enumerate(found)])
+    notes = [f"in {root}", *notes] if root != data_dir else notes
+    inner = [folder.name for folder in class_folders(folders[0])]
+    if len(folders) == 1 and len(inner) > 1 and all(path.parent != folders[0] for path in paths):
+        processes.main_only(print)(
+            f"note: all images are of one class, {folders[0].name}; if the folders in it are classes ({few(inner)}), "
+            f"give --data_dir {folders[0]}", file=sys.stderr
+        )
     left_out = loose + [path for _, others in found for path in others]
-    return Dataset(images, labels, [folder.name for folder in folders], left_out)
+    return Dataset(images, labels, [folder.name for folder in folders], left_out, notes)
+
+
+def split_folder(root, split):
+    """The folder whose folders are the classes: root/split if that has folders, else root.
+
+    Raises:
+        DataError: there is none, or it may be the one or the other.
+    """
+    if not root.is_dir():
+        raise DataError(f"--data_dir {root}: no such folder")
+    folders = class_folders(root)
+    others = [folder for folder in folders if folder.name.lower() not in SPLITS]
+    names = [folder.name for folder in folders]
+    inner = class_folders(root / split) if split in names else []
+    if inner:
+        beside = [folder.name for folder in others if image_files.find(folder)[0]]
+        if beside:
+            raise DataError(
+                f"--data_dir {root}: is {split} a class beside {few(beside)}, or the images of a split, with the "
+                f"classes {few([folder.name for folder in inner])}? Rename it, or give --data_dir {root / split}"
+            )
+        return root / split
+    if split != "train":
+        raise DataError(f"--data_dir {root} has no folder {split}")
+    if folders and not others:
+        raise DataError(
+            f"--data_dir {root} has no class folders, only {few(names)}, {'a name' if len(names) == 1 else 'names'} of "
+            f"splits: images are read from {root / split}/<class>/<image>"
+        )
+    for folder in folders:
+        parts = [inner.name for inner in class_folders(folder) if inner.name.lower() in SPLITS]
+        if len(parts) > 1:
+            raise DataError(
+                f"--data_dir {root}: class folder {folder.name} has the splits {few(parts)}, which would be mixed; "
+                f"put them above the classes: {root / parts[0] / folder.name}"
+            )
+    return root
 
 
 def class_folders(root):
-    folders = (path for path in root.glob("[!.]*") if path.is_dir())
-    return sorted(folders, key=lambda path: path.name)          # Windows would put Cat and cat together
+    """The folders in root that can be classes, by name."""
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not image_files.skipped(entry.name))
+    except OSError as error:
+        raise DataError(f"cannot read folder {root}: {error.strerror}") from error
+    return [root / name for name in names]
 
 
 def to_float(images):
@@ -199,13 +249,14 @@ def from_flags(args, state=None, split="train"):
     dataset, data_dir, _ = named(args, state)
     if dataset is None:
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
-    loaded = processes.first_of_host(load, dataset, data_dir, split)
+    loaded = processes.first_of_host(load, dataset, data_dir, split, getattr(args, "cache_dir", None))
     if state and not state["model_config"]["label_dim"]:        # an unconditional network: no image has a class
-        loaded = Dataset(loaded.images, torch.zeros_like(loaded.labels), state["classes"])
+        loaded = replace(loaded, labels=torch.zeros_like(loaded.labels), classes=state["classes"])
     if state and loaded.classes != state["classes"]:
         theirs, ours = few(state["classes"]), few(loaded.classes)
         raise UsageError(f"--dataset {dataset} has the classes {ours}; those of the checkpoint are {theirs}")
-    processes.main_only(print)(f"{dataset}: {loaded}")
+    mirrored = "; half of the images are mirrored (--flip 1)" if getattr(args, "flip", 0) else ""
+    processes.main_only(print)(f"{dataset}: {loaded}{mirrored}")
     if state and split == "train" and trained_on(state) not in (None, loaded.digest()) and processes.MAIN:
         theirs = state.get("settings", {})
         theirs = f"{theirs.get('dataset')} {os.path.abspath(theirs.get('data_dir') or '')}"

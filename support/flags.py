@@ -248,5 +248,6 @@ def add_features(parser):
         "--inception_weights", type=path, help="file of Inception's weights; default: in torch.hub's folder"
     )
     parser.add_argument(
-        "--cache_dir", type=path, default="~/.cache/dmd2", help="keeps the features of datasets"
+        "--cache_dir", type=path, default="~/.cache/dmd2",
+        help="keeps the features of datasets, and the 32x32 images of folders that take more than a second to read"
     )

@@ -1,3 +1,4 @@
+import argparse
 import hashlib
 import pickle
 import tarfile
@@ -9,7 +10,7 @@ import torch
 from conftest import image_tree
 from PIL import Image
 
-from support import data, shapes
+from support import data, image_cache, shapes
 
 
 def test_float_and_uint8_are_inverse():
@@ -96,7 +97,9 @@ def test_hidden_names_are_no_classes_and_a_link_shows_no_image_twice(tmp_path):
     (tree / "cat" / "loop").symlink_to(".")
     (tree / "dog" / "cats").symlink_to("../cat")
     dataset = data.load("folder", tree)
-    assert torch.equal(dataset.images, plain.images) and str(dataset) == str(plain)
+    assert torch.equal(dataset.images, plain.images)
+    said = ", 3 files left out (hidden), 2 folders left out (.ipynb_checkpoints, .thumbnails)"
+    assert str(dataset) == str(plain) + said
     (tree / "bird").symlink_to(tmp_path / "elsewhere" / "bird")     # a class may lie elsewhere
     assert data.load("folder", tree).labels.bincount().tolist() == [3, 3, 3]
     (tree / "dove").symlink_to("bird")
@@ -122,6 +125,72 @@ def test_a_class_may_be_called_as_a_split_is(tmp_path):
     assert data.load("folder", tree).classes == ["bicycle", "test", "train"]
     with pytest.raises(data.DataError, match="has no folder test"):
         data.load("folder", tree, "test")
+
+
+def nested(root, *names):
+    """A tree with one image in each of the named folders."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("L", (32, 32)).save(root / name / "a.png")
+    return root
+
+
+def test_a_system_s_folder_is_no_class(tmp_path):
+    tree = nested(tmp_path, "car", "bus", "@eaDir/x", "__MACOSX/car", "car/@eaDir")
+    (tree / "lost+found").mkdir()
+    dataset = data.load("folder", tree)
+    assert dataset.classes == ["bus", "car"] and len(dataset.images) == 2
+    assert str(dataset) == "2 images, 2 classes (bus, car), 4 folders left out (@eaDir, __MACOSX, lost+found)"
+
+
+def test_classes_that_may_be_a_split_are_refused(tmp_path):
+    def refused(match, *names):
+        with pytest.raises(data.DataError, match=match):
+            data.load("folder", nested(tmp_path / str(len(list(tmp_path.iterdir()))), *names))
+
+    years = [f"{name}/{year}" for name in ("car", "bus", "train") for year in (2019, 2020)]
+    refused(r"is train a class beside bus, car, or the images of a split, with the classes 2019, 2020\?", *years)
+    refused("no class folders, only Test, Train, names of splits: .*train/<class>", "Train/cat", "Test/cat")
+    refused("no class folders, only train, a name of splits", "train")
+    refused("class folder cat has the splits test, train", "cat/train", "cat/test", "dog/train")
+
+
+def test_it_says_which_folders_are_the_classes(tmp_path, capsys):
+    tree = nested(tmp_path / "split", "train/cat", "train/dog", "test/cat")
+    (tree / "annotations").mkdir()
+    (tree / "annotations" / "boxes.txt").write_text("")
+    dataset = data.load("folder", tree)
+    assert str(dataset) == f"2 images (in {tree}/train), 2 classes (cat, dog)" and capsys.readouterr().err == ""
+    wrapped = nested(tmp_path / "wrapped", "all/cat", "all/dog")
+    assert data.load("folder", wrapped).classes == ["all"]
+    assert f"if the folders in it are classes (cat, dog), give --data_dir {wrapped}/all" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8_are_names_too(tmp_path):
+    class_name, file_name = b"caf\xe9".decode(errors="surrogateescape"), b"\xe9.png".decode(errors="surrogateescape")
+    tree = nested(tmp_path / class_name, "dog", class_name)
+    (tree / "dog" / "a.png").rename(tree / "dog" / file_name)
+    dataset = data.load("folder", tree, "train", tmp_path / "cache")
+    assert dataset.classes == [class_name, "dog"] and len(dataset.digest()) == 64
+    (tree / "dog" / file_name).write_bytes(b"")
+    with pytest.raises(data.DataError) as raised:
+        data.load("folder", tree, "train", tmp_path / "cache")
+    assert "cannot read image" in str(raised.value) and f"dog/{file_name}" in str(raised.value)
+    torch.save(dataset.classes, tmp_path / "classes.pt")
+    assert torch.load(tmp_path / "classes.pt", weights_only=True) == dataset.classes
+
+
+def test_the_line_about_the_dataset_tells_of_mirroring_and_of_the_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(image_cache, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(image_cache, "SETTLED", -60)
+    cache = str(tmp_path / "cache")
+    args = argparse.Namespace(dataset="folder", data_dir=str(image_tree(tmp_path / "tree")), cache_dir=cache, flip=1)
+    first = data.from_flags(args)
+    mirrored = "; half of the images are mirrored (--flip 1)\n"
+    assert capsys.readouterr().out == "folder: 6 images, 2 classes (cat, dog)" + mirrored
+    args.flip = 0
+    assert data.from_flags(args).digest() == first.digest()
+    assert capsys.readouterr().out == f"folder: 6 images (read from the cache in {cache}), 2 classes (cat, dog)\n"
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
