@@ -11,7 +11,7 @@ help:
 	@echo "make install   .venv with all that the scripts need: source .venv/bin/activate"
 	@echo "make demo      teacher, student and grids on the built-in dataset, minutes on a CPU"
 	@echo "make cifar10   the same on CIFAR-10, with distances: hours on a CPU; PRESET=cifar10_gpu for a GPU"
-	@echo "make pictures  those of docs/method.md, a quarter of an hour on a CPU"
+	@echo "make pictures  those of docs/method.md, minutes on a CPU"
 	@echo "make test      lint and tests"
 
 .venv/requirements-test.txt: requirements.txt requirements-export.txt
@@ -44,17 +44,16 @@ cifar10: .venv/requirements.txt
 	$(RUN) evaluate.py --checkpoint runs/$(PRESET)/teacher --num_images 10000 $(EVALUATE) --out runs/$(PRESET)/teacher.json
 	$(RUN) evaluate.py --checkpoint runs/$(PRESET)/dmd2 --num_images 10000 $(EVALUATE) --out runs/$(PRESET)/student.json
 
-# The pictures of docs/method.md, a quarter of an hour on 2 cores.
+# The pictures of docs/method.md.
 P := docs/pictures
-WITHOUT = $(RUN) -m tools.plane --no-animate
+PLANE := $(RUN) -m tools.plane
 pictures: .venv/requirements.txt
 	$(RUN) -m tools.gradient --cfg_scale 2 --cfg_interval 0.15 5 --out $(P)/gradient.png --start $(P)/start.png
-	$(RUN) -m tools.plane --out $(P)/plane.gif
-	$(WITHOUT) --teacher wrong --steps 3500 --fit_steps 300 --gan_steps 1200 --gan_lr 5e-4 --out $(P)/all_phases.gif --strip $(P)/phases.png
-	$(WITHOUT) --without fake_unet --max_step_percent 0.35 --out $(P)/without_fake.gif
-	$(WITHOUT) --guidance_lr 1e-4 --out $(P)/slow_fake.gif
-	$(WITHOUT) --min_step_percent 0.6 --out $(P)/high_noise.gif
-	$(WITHOUT) --gan_steps 2500 --gan_lr 1e-3 --out $(P)/gan_alone.gif
+	$(PLANE) --out $(P)/plane.gif
+	$(PLANE) --no-animate --teacher wrong --steps 3500 --fit_steps 300 --gan_steps 1200 --gan_lr 5e-4 --out runs/phases.gif --strip $(P)/phases.png
+	$(PLANE) --no-animate --without fake_unet --max_step_percent 0.35 --out $(P)/without_fake.gif
+	$(PLANE) --no-animate --guidance_lr 1e-4 --out $(P)/slow_fake.gif
+	$(PLANE) --no-animate --min_step_percent 0.6 --out $(P)/high_noise.gif
 
 test: lint
 	$(RUN) -m pytest -q -rs -n 2 --dist loadfile

@@ -21,7 +21,7 @@ README, MAKEFILE = TEXTS["README.md"], (ROOT / "Makefile").read_text()
 ELSEWHERE = {"--nproc_per_node", "--ntasks", "--logdir", "--directory"}     # torchrun's, srun's, tensorboard's, ...
 SCRIPTS = [
     "train0.py", "train.py", "sample.py", "evaluate.py", "tools.features", "tools.benchmark", "tools.tables",
-    "tools.export", "tools.average",
+    "tools.export", "tools.average", "tools.plane", "tools.gradient",
 ]
 
 

@@ -267,7 +267,7 @@ def test_precision_is_that_of_the_networks_products():
 
 def test_a_second_signal_ends_the_process_but_not_the_same_one_twice(monkeypatch):
     killed = []
-    monkeypatch.setattr(signals.os, "kill", lambda pid, signum: killed.append(signum))
+    monkeypatch.setattr(signals.signal, "raise_signal", killed.append)
     stop = signals.StopSignal()
     assert not stop
     for _ in range(2):                              # Ctrl-C, which torchrun passes on

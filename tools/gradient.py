@@ -6,6 +6,10 @@
 A checkpoint to share has no fake_unet: it is trained here, by --steps guidance turns on the student's images.
 """
 
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
+
 import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -89,20 +93,16 @@ def main(argv=None):
         # class_grid takes its images column by column.
         panels = torch.stack(panels, 1).unflatten(1, (len(SIGMAS), -1)).transpose(1, 2)         # [2, 5, 5, 3, 32, 32]
         grids = [pictures.class_grid(panel.flatten(0, 1), len(SIGMAS)) for panel in panels]
-        write(args.out, pictures.side_by_side(*grids))
+        large = pictures.side_by_side(*grids).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        files.write(args.out, lambda file: save_image(large, file, format="png"))
         if args.start:
             labels = torch.arange(8 * num_classes, device=device) % num_classes
             z = noise(0, len(labels))
             first = guidance.real_unet(levels[0] * z, levels[0], labels)            # the teacher's own single step
             made = model.generate(z, labels, StepRandom(args.seed, 0, device), len(levels))
-            write(args.start, pictures.side_by_side(*(pictures.class_grid(x, num_classes) for x in (first, made))))
+            start = pictures.side_by_side(*(pictures.class_grid(x, num_classes) for x in (first, made)))
+            files.write(args.start, lambda file: save_image(start, file, format="png"))
     print(", ".join(filter(None, (args.out, args.start))))
-
-
-def write(path, picture):
-    """Write a picture, float [3, H, W] in [0, 1], as a PNG, twice as large."""
-    large = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    files.write(path, lambda file: save_image(large, file, format="png"))
 
 
 if __name__ == "__main__":
