@@ -1,4 +1,4 @@
-"""The fit: first, the generator learns by regression the image that the teacher's ODE makes of the same noise.
+"""The fit, the first phase: regression of the generator on the teacher's ODE pairs of noise and image.
 
     fit = Fit(model, ema, start=0, steps=200, batch_size=64, pairs=Pairs(...),
               optimizers=dict(generator=Optimizer(...)))
@@ -22,7 +22,7 @@ from support.pairs import Pairs
 
 @dataclass
 class Fit(Phase):
-    """The steps of the fit; optimizers: generator, with which DMD2's turns go on."""
+    """The steps of the fit. Optimizers: "generator", with which the DMD2 phase continues."""
 
     pairs: Pairs = None                             # of noise and the guided teacher's images
 

@@ -1,13 +1,13 @@
-"""The GAN phase: last, the generator trains against a discriminator of real and generated images, without the DM loss.
+"""The GAN phase, the last: the generator trains against a discriminator, without the DM loss.
 
     discriminator = Discriminator(teacher.feature_channels, num_classes)
     gan = GAN(model, ema, start=6000, steps=1500, batch_size=64, discriminator=discriminator,
               optimizers=dict(generator=Optimizer(...), discriminator=Optimizer(...)))
     log = gan.step(i, rngs, x_real, real_labels)    # i = 0 .. 1499
 
-The discriminator sees what the frozen teacher makes of an image at every level, as in LADD (latent adversarial
+The discriminator reads the frozen teacher's features of a noised image at every level, as in LADD (latent adversarial
 diffusion distillation, Sauer et al. 2024, arXiv 2403.12015, section 3). It is not the classifier head of guidance.py:
-that one sits on fake_unet, which changes with the generator, and trains beside the DM loss.
+that one reads fake_unet, which changes with the generator, and trains beside the DM loss.
 """
 
 from dataclasses import dataclass

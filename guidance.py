@@ -69,8 +69,8 @@ class GuidanceModel(nn.Module):
             loss, as it is never evaluated outside.
         cls_head: whether fake_unet has a classifier head; the teacher must then be a Denoiser of model.py, or offer the
             same features.
-        diffusion_gan_max_timestep: images are noised to a random timestep below this one before they are told real from
-            generated, 0 .. 1000; 0: they are compared clean.
+        diffusion_gan_max_timestep: real and generated images are noised to a random timestep below this one, 0 .. 1000,
+            before a classifier or discriminator sees them; 0: no noise.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class GuidanceModel(nn.Module):
             rng: StepRandom; None: one seeded by torch's global generator.
 
         Returns:
-            the loss, a scalar that leaves no gradient on this model, and an empty dict.
+            the loss, a scalar whose gradient reaches only x_gen, and an empty dict.
         """
         x_t, sigma = self.diffusion_gan_noise(x_gen, rng or fresh_random(x_gen.device))
         with frozen(self.fake_unet, self.cls_head):

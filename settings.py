@@ -10,7 +10,7 @@ import diffusion
 import presets
 from support import flags, resume, teachers
 
-# What a resumed run cannot change: two steps can follow one another only if these stay as they were.
+# Flags that must not change when a run is resumed.
 TEACHER_FIXED = ("dataset", "channels", "blocks", "seed", "optimizer")
 STUDENT_FIXED = ("teacher", "guide", "dataset", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
                  "fit_steps", "gan_steps")
@@ -26,7 +26,7 @@ def parse_teacher(argv=None):
     ).add_argument
     parser.set_defaults(lr_schedule="cosine")
     add("--lr", type=flags.rate, default=1e-3, help="peak learning rate")
-    add("--ema_decay", type=flags.number(float, 0, 1), default=0.9995, help="per step; its upper limit")
+    add("--ema_decay", type=flags.number(float, 0, 1), default=0.9995, help="per step; smaller early in a run")
     add("--p_mean", type=flags.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
     add("--p_std", type=flags.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
     schedule = "of the Karras schedule; images span [-1, 1]"
@@ -37,8 +37,8 @@ def parse_teacher(argv=None):
     add("--blocks", type=flags.count, default=1, help="residual blocks per level")
     add("--init", type=flags.path, help="a teacher to start from; classes that it does not know start at random; "
         "default: none")
-    add = parser.add_argument_group("what guidance will need").add_argument
-    add("--label_dropout", type=flags.fraction, default=0.0, help="fraction of the images shown without their class")
+    add = parser.add_argument_group("for guided sampling and distillation later").add_argument
+    add("--label_dropout", type=flags.fraction, default=0.0, help="fraction of the images trained without their class")
     add("--guide_at", type=flags.fraction, default=0.3333,
         help="fraction of the steps after which the EMA is kept as guide.pt, for autoguidance, once in a run; 0: never")
     flags.add_measuring(parser)
@@ -64,9 +64,9 @@ def add_method(parser, add):
     """
     add("--generator_lr", type=flags.rate, default=1e-4, help="learning rate of feedforward_model")
     add("--guidance_lr", type=flags.rate, default=2e-4, help="learning rate of fake_unet")
-    add("--ema_decay", type=flags.fraction, default=0.999, help="of the generator, per generator turn; its upper limit")
+    add("--ema_decay", type=flags.fraction, default=0.999, help="per generator update; smaller early in a run")
     add = parser.add_argument_group("the generator").add_argument
-    add("--conditioning_sigma", type=flags.noise, default=80.0, help="noise level that the generator starts from")
+    add("--conditioning_sigma", type=flags.noise, default=80.0, help="noise level (sigma) of the generator's input")
     add("--num_denoising_steps", type=flags.number(int, 1, 100), default=1, help="evaluations per image of the student")
     add("--dfake_gen_update_ratio", type=flags.count, default=10, help="guidance turns per generator turn")
     add = parser.add_argument_group("the fit, the first phase: regression on the teacher's ODE pairs").add_argument
@@ -83,7 +83,7 @@ def add_method(parser, add):
     add("--gen_cls_loss_weight", type=flags.weight, default=0.0,
         help="weight of its loss in the generator turn, 3e-3 in the paper; 0: no head, and no real images needed")
     add("--cls_loss_weight", type=flags.weight, default=1e-2, help="weight of its loss in the guidance turn")
-    add("--cls_head_lr", type=flags.rate, help="its learning rate; default: guidance_lr")
+    add("--cls_head_lr", type=flags.rate, help="learning rate of the classifier head; default: guidance_lr")
     add = parser.add_argument_group("the GAN, the last phase: a discriminator on the teacher's features").add_argument
     add("--gan_steps", type=flags.natural, default=0,
         help="steps of this phase, over which the student's weights are averaged; 0: none")
@@ -91,10 +91,10 @@ def add_method(parser, add):
         help="first steps of this phase, in which only the discriminator trains")
     add("--gan_lr", type=flags.rate, default=3e-5, help="learning rate of feedforward_model in this phase")
     add("--discriminator_lr", type=flags.rate, default=1e-3, help="learning rate of the discriminator")
-    real = parser.add_argument_group("real images for both, by default those that the teacher was trained on")
+    real = parser.add_argument_group("real images for both, by default the teacher's training images")
     real.add_argument(
         "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
-        help="real and generated images are compared at a random noise below this step of 1000; 0: without noise",
+        help="both see images noised to a random timestep below this one of 1000; 0: without noise",
     )
     return real
 
@@ -124,7 +124,7 @@ def check_student(args, state, refuse):
     if args.guide and args.autoguidance_scale == 1 and state is None:
         refuse("--guide needs an --autoguidance_scale other than 1")
     if args.gen_cls_loss_weight and not args.cls_loss_weight:
-        refuse("--cls_loss_weight 0 would leave the classifier head at its random start")
+        refuse("--cls_loss_weight 0 would leave the classifier head untrained")
     if args.min_step_percent > args.max_step_percent:
         refuse(f"--min_step_percent {args.min_step_percent} is above --max_step_percent {args.max_step_percent}")
     if args.fit_steps + args.gan_steps > args.steps:
@@ -132,12 +132,12 @@ def check_student(args, state, refuse):
         refuse(f"{phases} are more than --steps {args.steps}, which counts all phases")
     if 0 < args.gan_steps <= args.discriminator_warmup_steps:
         warmup = f"--discriminator_warmup_steps {args.discriminator_warmup_steps}"
-        refuse(f"--gan_steps {args.gan_steps} leave the generator no step after {warmup}")
+        refuse(f"--gan_steps {args.gan_steps} must exceed {warmup}: the generator would not train")
     before = state["settings"] if state else vars(args)
     if (args.gen_cls_loss_weight > 0) != (before["gen_cls_loss_weight"] > 0):
         refuse("--gen_cls_loss_weight cannot add or remove the classifier head in a resumed run")
     if args.gan_steps and args.steps != before["steps"]:
         gan_start = min(args.steps, before["steps"]) - args.gan_steps
         if state["step"] > gan_start:               # the phase's warm-up and average begin with its first step
-            refuse(f"--steps {args.steps}: with --gan_steps {args.gan_steps} the GAN phase would begin anew or in its "
-                   "middle; start a new run from this student instead, with --init")
+            refuse(f"--steps {args.steps}: with --gan_steps {args.gan_steps} the GAN phase would begin at another step "
+                   "than it did, or has passed; start a new run from this student instead, with --init")

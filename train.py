@@ -1,7 +1,7 @@
-"""Phase 2: distil the teacher into a one-step generator with DMD2 (Yin et al. 2024, arXiv 2405.14867).
+"""Step 2: distil the teacher into a one-step generator with DMD2 (Yin et al. 2024, arXiv 2405.14867).
 
     python train.py --conditioning_sigma 80                      # from runs/teacher into runs/dmd2
-    python train.py --gen_cls_loss_weight 3e-3                   # with the classifier head on the teacher's images
+    python train.py --gen_cls_loss_weight 3e-3                   # with the classifier head, on real images
     python train.py --num_denoising_steps 4                      # a generator of four steps
     python train.py --teacher runs/demo/teacher --preset demo    # minutes on a CPU
     python train.py --teacher edm-cifar10-32x32-cond-vp.pkl      # EDM's published network
@@ -42,7 +42,7 @@ from unified_model import UnifiedModel
 @dataclass
 class DMD2(Phase):
     """The two turns of DMD2, alternating (section 4.2): fake_unet trains in every step, the generator in every
-    dfake_gen_update_ratio-th. Optimizers: generator; guidance, of fake_unet and its classifier head.
+    dfake_gen_update_ratio-th. Optimizers: "generator"; "guidance", which updates fake_unet and its classifier head.
     """
 
     dfake_gen_update_ratio: int = 10                # guidance turns per generator turn
@@ -115,7 +115,7 @@ def make_phases(args, model, discriminator, ema, pairs, num_classes, device):
     if args.fit_steps:
         phases.append(Fit(
             **shared, start=0, steps=args.fit_steps, lr_schedule="cosine", pairs=pairs,
-            optimizers=dict(generator=generator_optimizer),     # which the two turns go on with
+            optimizers=dict(generator=generator_optimizer),     # with which the DMD2 phase continues
         ))
     phases.append(DMD2(
         **shared, start=args.fit_steps, steps=gan_start - args.fit_steps, warmup_steps=args.warmup_steps,
@@ -135,7 +135,7 @@ def make_phases(args, model, discriminator, ema, pairs, num_classes, device):
 
 
 def ode_pairs(args, model, num_classes, device):
-    """Noise and the guided teacher's images of it, in half of sample.py's steps: a regression needs no more."""
+    """Pairs of noise and the guided teacher's image of it in 9 Heun steps, half of sample.py's: that suffices."""
     def sample(z, labels, renoise):
         with hardware.autocast(device, args.precision):
             return model.guidance_model.sample_teacher(z, labels, num_steps=9)
@@ -158,7 +158,8 @@ def grids(args, run, model, sample, num_classes, device):
         with eager, hardware.autocast(device, args.precision):
             _, log = guidance.compute_distribution_matching_loss(images, labels, rng)
         run.grid("teacher_student", rows, teacher_images, images)
-        run.grid("dm_gradient", rows, log["grad"] / 4 / log["grad"].std().clamp(min=1e-30))     # 0 before any step
+        scale = 4 * log["grad"].std().clamp(min=1e-30)          # of an unguided teacher it is zero at step 0
+        run.grid("dm_gradient", rows, log["grad"] / scale)
 
     return draw_grids
 
@@ -222,7 +223,7 @@ def main(argv=None):
     if args.compile:                                # after the teacher's grid, whose batch has another size
         torch._dynamo.config.recompile_limit = 32   # the networks share one forward, each with and without gradient
         for network in filter(None, (generator, guidance.fake_unet, guidance.real_unet, guidance.guide)):
-            network.compile(dynamic=False)          # the classifier head's double batch would make shapes look variable
+            network.compile(dynamic=False)          # else the classifier head's double batch would make batches dynamic
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     for step in run.steps():

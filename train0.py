@@ -1,4 +1,4 @@
-"""Phase 1: train the diffusion teacher.
+"""Step 1: train the diffusion teacher.
 
     python train0.py                                             # CIFAR-10, downloaded to data/
     python train0.py --dataset folder --data_dir my_images       # any tree of <class>/<image>
@@ -40,7 +40,7 @@ class Denoising:
     optimizer: Optimizer
     p_mean: float = -1.2                            # ln(sigma) ~ N(p_mean, p_std^2)
     p_std: float = 1.2
-    label_dropout: float = 0.0                      # fraction of the images shown without their class
+    label_dropout: float = 0.0                      # fraction of the images trained without their class
     flip: bool = True                               # mirror half of the images
     max_grad_norm: float = 10.0                     # longer gradients are scaled down
     autocast: Callable = nullcontext                # () -> context in which the network runs
@@ -133,7 +133,7 @@ def main(argv=None):
         run.count(**log, lr=args.lr * factor)
         late = args.guide_at and run.step >= args.guide_at * args.steps
         if late and not guide.exists() and log["grad_norm"].isfinite():
-            checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep: no resume may miss it
+            checkpoint.save(guide, dict(describe(), step=run.step))     # before run.keep, so that a resume has it
         run.keep(draw)
 
 

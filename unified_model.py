@@ -54,7 +54,7 @@ class UnifiedModel(nn.Module):
         return few_step_sample(self.feedforward_model, z, labels, sigmas, lambda i: rng.normal(*z.shape))
 
     def generator_turn(self, x_gen, labels, rng=None):
-        """The generator's losses, and the DM gradient to look at: two dicts. They give gradients to x_gen alone."""
+        """The generator's losses, and the DM gradient to look at: two dicts. Gradients reach only x_gen."""
         guidance = self.guidance_model
         losses = {}
         losses["loss_dm"], log = guidance.compute_distribution_matching_loss(x_gen, labels, rng)
@@ -63,7 +63,7 @@ class UnifiedModel(nn.Module):
         return losses, log
 
     def guidance_turn(self, x_gen, labels, rng=None, x_real=None, real_labels=None):
-        """The losses of fake_unet and cls_head, and the mean logits: two dicts. They give no gradient to x_gen.
+        """The losses of fake_unet and cls_head, and the mean logits: two dicts. x_gen gets no gradient.
 
         x_real [B, 3, 32, 32] and real_labels [B] are needed where there is a classifier head.
         """

@@ -117,12 +117,12 @@ def output(kind="file", suffix="", new=False):
 
 def add_common(parser, compile=False):
     """Flags of every script; compile: the default of --compile, None where the device decides."""
-    parser.add_argument("--seed", type=natural, default=0, help="of everything random")
+    parser.add_argument("--seed", type=natural, default=0, help="random seed")
     parser.add_argument("--device", default="auto", help="auto (CUDA or MPS if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "fp16", "tf32", "fp32"], default="auto",
-        help="of the networks: auto is bf16 where the hardware has it, else float32; fp16 is for older GPUs; weights "
-        "and preconditioning stay float32",
+        help="arithmetic of the networks: auto is bf16 where the hardware has it, else float32; fp16 is for older GPUs; "
+        "weights and preconditioning stay float32",
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=compile,
@@ -133,8 +133,8 @@ def add_common(parser, compile=False):
 def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save_every):
     """Flags of both training scripts. Returns the group of those about learning, for a script to add its own."""
     parser.add_argument(
-        "--preset", help=f"a named set of defaults, shown by --preset NAME --help: {', '.join(presets)}, or none, the "
-        "papers' plain losses; default: the one for these images and this machine",
+        "--preset", help=f"a named set of defaults, shown by --preset NAME --help: {', '.join(presets)}, or none: the "
+        "papers' losses without additions; default: the one for these images and this machine",
     )
     parser.add_argument(
         "--run_dir", type=output("folder"), default=run_dir,
@@ -152,7 +152,8 @@ def add_training(parser, presets, run_dir, steps, batch_size, sample_every, save
     run.add_argument("--log_every", type=count, default=50, help="steps between two log lines")
     run.add_argument("--sample_every", type=count, default=sample_every, help="steps between two image grids")
     run.add_argument(
-        "--save_every", type=count, default=save_every, help="steps between two checkpoints; at most ten minutes"
+        "--save_every", type=count, default=save_every,
+        help="steps between two checkpoints; there is one every ten minutes at least",
     )
     add_common(run)
     run.add_argument(
@@ -173,12 +174,15 @@ def add_learning(parser, batch_size):
         "--optimizer", choices=["adam", "muon"], default="adam",
         help="muon: Muon for the convolutions inside the networks, Adam for the rest",
     )
-    learning.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear learning-rate warm-up")
+    learning.add_argument(
+        "--warmup_steps", type=natural, default=100,
+        help="steps of linear learning-rate warm-up; for a student in the DMD2 phase only",
+    )
     learning.add_argument(
         "--lr_schedule", choices=["cosine", "constant"], default="constant",
-        help="after the warm-up; cosine ends at zero",
+        help="after the warm-up; cosine ends at zero; a student's fit is always cosine",
     )
-    learning.add_argument("--max_grad_norm", type=positive, default=10.0, help="longer gradients are scaled down")
+    learning.add_argument("--max_grad_norm", type=positive, default=10.0, help="gradients are clipped to this norm")
     return learning
 
 

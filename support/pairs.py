@@ -1,4 +1,4 @@
-"""ODE pairs, noise and the image that the teacher's ODE makes of it: the generator begins with a regression on them.
+"""ODE pairs, noise and the image that the teacher's ODE makes of it, for the fit.
 
     pairs = Pairs(sample, num_pairs=2048, num_classes=10, batch_size=64, seed=0, device=device)
     z, labels, x_ode = pairs(step)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE = 2                                           # drawn so much larger, then reduced: smooth lines
+SCALE = 2                                           # supersampling: drawn at twice the size, then reduced
 INK, GREY, DATA, STUDENT, ARROW = (40, 40, 40), (190, 190, 190), (60, 120, 200), (220, 90, 40), (20, 110, 60)
 
 
@@ -78,7 +78,7 @@ class Axes:
         return left + (right - left) * (x - x0) / (x1 - x0), bottom - (bottom - top) * (y - y0) / (y1 - y0)
 
     def density(self, density, cells=160):
-        """Shades of blue by density([N, 2]) -> [N]; its square root, so that weak modes show too."""
+        """Shades of blue by the square root of density([N, 2]) -> [N], so that weak modes show too."""
         (x0, x1), (y0, y1) = self.ranges
         x, y = (torch.linspace(a, b, cells) for a, b in ((x0, x1), (y1, y0)))
         rows, columns = torch.meshgrid(y, x, indexing="ij")

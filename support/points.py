@@ -1,6 +1,6 @@
 """Distributions of points on a plane, whose denoiser is known exactly: mixtures of Gaussians.
 
-    data = mixture("circle")
+    data = MIXTURES["circle"]()
     x, labels = data.sample(512, rng)               # float [512, 2, 1, 1] in about [-1, 1], int64 [512]
     x0_hat = data(x_t, sigma, labels)               # E[x_0 | x_t], the ideal denoiser
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Mixture(nn.Module):
-    """Components N(mean_k, std_k^2 I) of weight weight_k; each belongs to a class, and to a mode that is to be covered.
+    """Components N(mean_k, std_k^2 I) of weight weight_k; each has a class, and a mode for measuring mode coverage.
 
     Args:
         means: [K][2].
@@ -51,7 +51,7 @@ class Mixture(nn.Module):
         return (own * x + far @ self.means)[:, :, None, None]
 
     def sample(self, n, rng, labels=None):
-        """Points [n, 2, 1, 1] and their classes [n]: of the labels, or of the components' weights."""
+        """Points [n, 2, 1, 1] and their classes [n]: for the given labels, or drawn by the components' weights."""
         shares = self.weights.expand(n, -1)
         if labels is not None:
             shares = shares * (labels[:, None] == self.classes)
@@ -91,7 +91,7 @@ class Mixture(nn.Module):
 
 
 def circle():
-    """Eight Gaussians on a circle, two classes in turn."""
+    """Eight Gaussians on a circle, alternating between two classes."""
     angles = [2 * math.pi * k / 8 for k in range(8)]
     means = [[0.8 * math.cos(a), 0.8 * math.sin(a)] for a in angles]
     return Mixture(means, [0.05] * 8, classes=[k % 2 for k in range(8)])

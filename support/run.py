@@ -74,7 +74,7 @@ class Run:
             yield self.step
         self.bar.close()
         self.folder.close()
-        how = "stopped; --resume goes on" if self.stopping else "done"
+        how = "stopped; continue with --resume" if self.stopping else "done"
         file, grids = self.path / checkpoint.NAME, self.path / "grids"
         processes.main_only(print)(f"{how}: step {self.step} of {self.args.steps}, {file}, grids in {grids}")
         processes.wait()                            # a process that ends would take down one that still writes

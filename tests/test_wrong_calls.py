@@ -19,7 +19,7 @@ WRONG = [
     (train, ["--max_step_percent", "1.5"], "--max_step_percent"),
     (train, ["--fit_steps", "9", "--steps", "8"], "--fit_steps 9 and --gan_steps 0 are more than --steps 8"),
     (train, ["--fit_steps", "4", "--gan_steps", "5", "--steps", "8"], "--gan_steps 5 are more than --steps 8"),
-    (train, ["--gan_steps", "9", "--discriminator_warmup_steps", "9"], "after --discriminator_warmup_steps 9"),
+    (train, ["--gan_steps", "9", "--discriminator_warmup_steps", "9"], "must exceed --discriminator_warmup_steps 9"),
     (train0, ["--dataset", "shapes", "--sigma_min", "90"], "--sigma_min 90.0 is not below --sigma_max 80.0"),
     (train, ["--dfake_gen_update_ratio", "0"], "--dfake_gen_update_ratio"),
     (train, ["--generator_lr", "inf"], "--generator_lr"),

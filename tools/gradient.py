@@ -3,7 +3,7 @@
     python -m tools.gradient --out gradient.png                 # of the shipped teacher and student
     python -m tools.gradient --teacher runs/teacher --student runs/dmd2 --start start.png
 
-A checkpoint to share has no fake_unet: it is trained here, by --steps guidance turns on the student's images.
+fake_unet is trained here, by --steps guidance turns on the student's images, as the shipped checkpoint has none.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from support import checkpoint, errors, files, flags, hardware, networks, pictures, processes, resume
+from support import checkpoint, errors, files, flags, hardware, networks, pictures, processes, resume, teachers
 from support.optimizers import Optimizer
 from support.randomness import StepRandom, image_noise
 from unified_model import UnifiedModel
@@ -38,9 +38,12 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--start", type=flags.output(suffix=".png"),
-        help="also what teacher and student make of the same noise in one step, a row per class; default: none",
+        help="also one evaluation of the teacher beside the student's image of the same noise, a row per class; "
+        "default: none",
     )
     args = parser.parse_args(argv)
+    if args.autoguidance_scale != 1 or args.guide:
+        parser.error("--autoguidance_scale and --guide are not for this picture")
     args.teacher = checkpoint.or_shipped(args.teacher, "runs/teacher", "teacher.pt")
     args.student = checkpoint.or_shipped(args.student, "runs/dmd2", "student.pt")
     return args
@@ -54,6 +57,7 @@ def main(argv=None):
         raise errors.UsageError("--student and --teacher have different classes")
     if args.label >= len(teacher["classes"]):
         raise errors.UsageError(f"--label {args.label}: the classes are 0..{len(teacher['classes']) - 1}")
+    teachers.check_cfg(args, teacher)
     levels = student["denoising_sigmas"]
     with resume.restoring(args.student):
         model = UnifiedModel(
@@ -64,13 +68,15 @@ def main(argv=None):
     guidance, num_classes = model.guidance_model, len(teacher["classes"])
 
     # --- fake_unet learns to denoise the student's images ------------------------------------------------------------
-    bf16 = hardware.uses_bf16(device, args.precision)
-    optimizer = Optimizer("muon", {guidance.fake_unet: args.guidance_lr}, bf16)
+    for network in (model.feedforward_model, guidance.fake_unet, guidance.real_unet) if args.compile else ():
+        network.compile(dynamic=False)
+    bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
+    optimizer = Optimizer("muon", {guidance.fake_unet: args.guidance_lr}, bf16, fp16)
     for step in tqdm(range(args.steps), unit="step", disable=not processes.MAIN):
         rng = StepRandom(args.seed, step, device)
         z, labels = model.random_inputs(args.batch_size, num_classes, rng)
         with torch.no_grad(), hardware.autocast(device, args.precision):
-            x_gen = model.generate(z, labels, rng)
+            x_gen = model.generate(z, labels, rng, len(levels))
         optimizer.zero_grad()
         with hardware.autocast(device, args.precision):
             losses, _ = model.guidance_turn(x_gen, labels, rng)
@@ -84,7 +90,7 @@ def main(argv=None):
 
     with torch.no_grad(), hardware.autocast(device, args.precision):
         labels = torch.full((2,), args.label, device=device)
-        x_gen, panels = model.generate(noise(0, 2), labels, StepRandom(args.seed, 0, device)), []
+        x_gen, panels = model.generate(noise(0, 2), labels, StepRandom(args.seed, 0, device), len(levels)), []
         for i, sigma in enumerate(SIGMAS):
             x_t = x_gen + sigma * noise(10 + i, 2)
             real, fake = guidance.guided_teacher()(x_t, sigma, labels), guidance.fake_unet(x_t, sigma, labels)

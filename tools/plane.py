@@ -1,4 +1,4 @@
-"""DMD2 on a plane: points instead of images, so that one sees in half a minute what a loss does.
+"""DMD2 on a plane: points instead of images, which show in half a minute what a loss does.
 
     python -m tools.plane                                       # eight Gaussians, into runs/plane.gif and plane.png
     python -m tools.plane --data grid --seeds 0 1 2             # three runs: mean and deviation
@@ -26,7 +26,7 @@ import train0
 from gan import Discriminator
 from model import Denoiser
 from phases import current
-from support import errors, files, flags, plots
+from support import errors, files, flags, plots, processes, records
 from support.ema import EMA
 from support.optimizers import Optimizer
 from support.points import MIXTURES, Mixture, sliced_distance
@@ -96,7 +96,7 @@ def wrong(data):
 
 
 class NoFake(nn.Module):
-    """In the place of fake_unet: its part of the DM gradient, p_fake, is zero, so that only the teacher pulls."""
+    """Replaces fake_unet: p_fake = 0, so only the teacher acts."""
 
     def __init__(self, guidance):
         super().__init__()
@@ -134,7 +134,6 @@ class Distillation:
 
     def __init__(self, args, seed):
         self.args, self.seed, self.data = args, seed, MIXTURES[args.data]()
-        args.seed = seed
         known = wrong(self.data) if args.teacher == "wrong" else self.data
         net = train_teacher(known, args.width, seed)
         torch.manual_seed(seed)                     # of the classifier head and the discriminator
@@ -165,11 +164,12 @@ class Distillation:
         phase, i = current(self.phases, step)
         rng = StepRandom(self.seed + DATA_SEED, step)
         real = self.data.sample(self.args.batch_size, rng) if phase.needs_images else ()
-        return phase, phase.step(i, [StepRandom(self.seed, step)], *real)
+        shares = processes.shares(self.args.accumulate)
+        return phase, phase.step(i, [StepRandom(self.seed, step, "cpu", *share) for share in shares], *real)
 
     @torch.no_grad()
     def points(self):
-        """The student's points [4096, 2, 1, 1], by its EMA and always of the same noise; classes as in the data."""
+        """Points of the generator's EMA for a fixed noise, [4096, 2, 1, 1]; classes as in the data."""
         rng, generator = StepRandom(self.seed + EVAL_SEED, 1), self.model.feedforward_model
         self.model.feedforward_model = self.ema.module
         try:
@@ -190,7 +190,7 @@ class Distillation:
         return moves.flatten(1) / len(self.eps)
 
     def measure(self, x):
-        """Of points [4096, 2, 1, 1]: distance to the data, modes with a fifth of their share, and all shares."""
+        """Of points [4096, 2, 1, 1]: distance to the data, modes with a fifth of their true share, all shares."""
         shares, true = self.data.mode_shares(x), self.data.true_shares()
         modes = int((shares > true / 5).sum())
         return dict(distance=sliced_distance(x, self.real), modes=modes, shares=shares.tolist())
@@ -223,6 +223,7 @@ def parse_args(argv=None):
         help="the animation; its last frame goes beside it as .png")
     add("--strip", type=flags.output(suffix=".png"),
         help="also the points at the start and at the end of each phase, side by side; default: none")
+    add("--json", type=flags.output(), help="also a JSON of what was measured; default: none")
     add("--animate", action=argparse.BooleanOptionalAction, default=True, help="--no-animate: only the last frame")
     learning = flags.add_learning(parser, batch_size=256)
     settings.add_method(parser, learning.add_argument)
@@ -235,6 +236,8 @@ def parse_args(argv=None):
         parser.error(f"--width {args.width} is not a multiple of 8")
     if args.autoguidance_scale != 1 or args.guide:
         parser.error("--autoguidance_scale and --guide: there is no weaker teacher on the plane")
+    if args.optimizer == "muon":
+        parser.error("--optimizer muon is for convolutions, and the MLPs of the plane have none")
     if args.accumulate > 1 and args.batch_size % args.accumulate:
         parser.error(f"--accumulate {args.accumulate} does not divide --batch_size {args.batch_size}")
     if args.without == "fake_unet" and args.gen_cls_loss_weight:
@@ -276,13 +279,13 @@ def main(argv=None):
             frames.append(picture(args, student, step, phase, x, history))
         if args.strip and step in (0, phase.start + phase.steps):
             canvas = plots.Canvas(300, 330)
-            canvas.text((8, 8), f"after {NAMES[type(phase).__name__]}" if step else "start")
+            canvas.text((8, 8), f"after {NAMES.get(type(phase).__name__, type(phase).__name__)}" if step else "start")
             draw_points(canvas, (5, 30, 295, 320), student, x)
             strip.append(canvas.image())
 
     for seed in args.seeds:
         began = time.perf_counter()
-        found.append(run(args, seed, draw))
+        found.append(dict(run(args, seed, draw), seed=seed))
         last = found[-1]
         print(f"{args.data}, seed {seed}: distance {last['distance']:.4f} (data against data {last['floor']:.4f}), "
               f"{last['modes']} of {last['num_modes']} modes, error of a share {last['error']:.3f}, width "
@@ -292,6 +295,9 @@ def main(argv=None):
         for name in ("distance", "modes", "error", "width", "outside"):
             values = [float(row[name]) for row in found]
             print(f"{name} {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}")
+    if args.json:
+        report = dict(what="tools.plane: distances of the student's points to the data", runs=found)
+        records.write_json(args.json, report, torch.device("cpu"))
     still = str(Path(args.out).with_suffix(".png"))
     files.write(still, lambda file: frames[-1].save(file, format="png", optimize=True))
     if args.animate:
@@ -313,7 +319,7 @@ def picture(args, student, step, phase, x, history):
     """One frame: the points, and below them the curves so far."""
     canvas, last = plots.Canvas(400, 540), history[-1]
     draw_points(canvas, (8, 28, 392, 412), student, x)
-    canvas.text((10, 8), f"step {step} of {args.steps}: {NAMES[type(phase).__name__]}    "
+    canvas.text((10, 8), f"step {step} of {args.steps}: {NAMES.get(type(phase).__name__, type(phase).__name__)}    "
                 f"distance {last['distance']:.3f}    modes {last['modes']} of {student.data.num_modes}", size=12)
     canvas.curve((8, 434, 192, 532), "distance to the data (log)", [row["step"] for row in history],
                  [row["distance"] for row in history], args.steps, log=True)

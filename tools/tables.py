@@ -38,8 +38,8 @@ def table(head, rows):
 
 NETWORKS = {
     "test_images": "the test images themselves", "guided_teacher": "teacher, shipped, guided",
-    "student": "**student, shipped**", "student_gan": "soup of it and of a GAN phase from it (`--gan_steps`)",
-    "student_mean": "soup of all four students of this teacher",
+    "student": "**student, shipped**", "student_gan": "model soup: it and itself after a GAN phase (`--gan_steps`)",
+    "student_mean": "model soup: all four students of this teacher",
     "laptop_guided_teacher": "teacher of `make cifar10`, guided",
     "laptop_student": "**student of `make cifar10`**",
 }
@@ -86,7 +86,7 @@ def cost():
     rows = {
         "`make demo`": ("2 CPU cores", "shapes/demo#"),
         "`make cifar10`": ("2 CPU cores", "cifar10/runs#make cifar10/"),
-        "`--preset cifar10_gpu`: the shipped pair": ("one H200", "cifar10/runs#"),
+        "the shipped pair (`cifar10_gpu`, no GAN phase)": ("one H200", "cifar10/runs#"),
     }
     return table(["training", "hardware", "teacher", "student", "images/s", "memory, MiB"], [
         [title, hardware, *(at(f"{run}{who}/training_minutes", ".1f") + " min" for who in ("teacher", "student")), *(
@@ -105,7 +105,7 @@ def curve():
     ])
 
 
-def parts(file):
+def ablation(file):
     """The ablation of DMD2's parts: FD with its standard deviation over the seeds, and class accuracy."""
     rows = []
     for title, row in report(file)["summary"].items():
@@ -146,7 +146,7 @@ def published():
 
 TABLES = dict(
     quality=quality, cost=cost, networks=networks, curve=curve, speed=speed, speed_gpu=speed_gpu, published=published,
-    parts_shapes=lambda: parts("shapes/ablation"),
+    parts_shapes=lambda: ablation("shapes/ablation"),
 )
 
 
