@@ -121,7 +121,7 @@ def add_common(parser, compile=False):
     parser.add_argument("--device", default="auto", help="auto (CUDA or MPS if there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "fp16", "tf32", "fp32"], default="auto",
-        help="arithmetic of the networks: auto is bf16 where the hardware has it, else float32; fp16 is for older GPUs; "
+        help="arithmetic of the networks: auto is bf16 where the hardware has it, else float32; fp16 is for old GPUs; "
         "weights and preconditioning stay float32",
     )
     parser.add_argument(
