@@ -78,7 +78,7 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
     elif preset is None:
         preset = choose(args)
         defaults = presets[preset]
-        processes.main_only(print)(f"--preset {preset} by the images and the device (--preset none: the plain losses)")
+        processes.main_only(print)(f"--preset {preset} by the images and the device (--preset none: no additions)")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     check(args, state, {name: parser.get_default(name) for name in fixed})

@@ -196,7 +196,7 @@ def test_one_death_ends_the_others_and_a_stop_stops_all(tmp_path):
     wait_for(run / "log.jsonl", process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=90)
-    assert "stopped; --resume goes on" in out
+    assert "stopped; continue with --resume" in out
     assert checkpoint.load(run)["step"] > saved
 
 

@@ -26,7 +26,7 @@ def test_teacher_resumes_bit_for_bit(tmp_path, monkeypatch, tree, at_step, signu
     assert call(train0, *flags, "--run_dir", b) == 128 + signum
     assert f"{at_step + 1:07}_teacher.png" in os.listdir(f"{b}/grids")
     assert checkpoint.load(b)["step"] == at_step + 1
-    assert f"stopped; --resume goes on: step {at_step + 1} of 7" in capsys.readouterr().out
+    assert f"stopped; continue with --resume: step {at_step + 1} of 7" in capsys.readouterr().out
     assert call(train0, "--run_dir", b, "--resume", "--device", "cpu") == 0
     assert_same_run(a, b)
 

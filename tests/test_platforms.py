@@ -77,7 +77,7 @@ def test_the_whole_pipeline_runs_without_what_windows_lacks(tmp_path, features):
     )
     assert done.returncode == 0, done.stderr
     assert r"256 images, 2 classes (aux.x, caf\xe9)" in done.stdout
-    assert "stopped; --resume goes on: step 2 of 9" in done.stdout and checkpoint.load(a)["step"] == 3
+    assert "stopped; continue with --resume: step 2 of 9" in done.stdout and checkpoint.load(a)["step"] == 3
     assert "note: in the file names of --images: aux.x as aux_.x" in done.stderr
     assert sorted(os.listdir(images)) == ["aux_.x_00000.png", "aux_.x_00002.png", "café_00001.png", "café_00003.png"]
     assert {"loss", "images_per_second"} < set(log_of(a)[-1]) and "memory_mib" not in log_of(a)[-1]
