@@ -4,9 +4,9 @@
     x0_hat = net(x_t, sigma, labels)
 
 Three networks with the interface of SimpleUNet: DDPM++ and NCSN++ of Song et al. (2021, arXiv 2011.13456), which EDM
-calls VP and VE and trains as SongUNet, and ADM of Dhariwal & Nichol (2021, arXiv 2105.05233), DhariwalUNet. The default,
-VP, has three times the parameters of SimpleUNet and takes 34 times its compute. The parameters have the names and shapes
-that they have in EDM's files, which support/edm_pickle.py reads.
+calls VP and VE (class SongUNet), and ADM of Dhariwal & Nichol (2021, arXiv 2105.05233; class DhariwalUNet). The default,
+VP for CIFAR-10, has three times the parameters of SimpleUNet and takes 34 times its compute. The parameters have the
+names and shapes that they have in EDM's files, which support/edm_pickle.py reads.
 """
 
 import functools
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import IMAGE_SIZE, Denoiser
+
+
+SQRT_HALF = math.sqrt(1 / 2)        # scales the sum of two terms of unit variance back to unit variance
 
 
 class PositionalEmbedding(nn.Module):
@@ -99,14 +102,14 @@ class Block(nn.Module):
     Args:
         resample: module that halves or doubles the resolution before the first convolution and on the skip connection.
         heads: number of attention heads; 0: no attention.
-        skip_scale: factor of each sum; sqrt(1/2) scales the sum of two terms of unit variance back to unit variance.
+        skip_scale: factor of the sum with the skip connection, and of that with the attention.
         adaptive_scale: the embedding scales and shifts the second normalisation instead.
         convolve_skip: a block that resamples has a convolution on the skip connection even between equal channels.
         eps: of the normalisations.
     """
 
     def __init__(
-        self, in_channels, out_channels, emb_channels, resample=None, heads=0, skip_scale=math.sqrt(1 / 2),
+        self, in_channels, out_channels, emb_channels, resample=None, heads=0, skip_scale=SQRT_HALF,
         adaptive_scale=False, convolve_skip=True, eps=1e-6,
     ):
         super().__init__()
@@ -283,7 +286,7 @@ class EDMUNet(Denoiser):
         h, aux, skips = x, x, []
         for block in self.enc.values():             # [B, 2M, 32, 32] to [B, 2M, 8, 8]
             if isinstance(block, AuxResidual):
-                h = skips[-1] = aux = (h + block(aux)) * math.sqrt(1 / 2)
+                h = skips[-1] = aux = (h + block(aux)) * SQRT_HALF
             else:
                 h = block(h, emb) if isinstance(block, Block) else block(h)
                 skips.append(h)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from support import edm_pickle, files, processes
+from model import IMAGE_SIZE
+from support import edm_pickle, files, networks, processes
 from support.errors import UsageError
 
 FORMAT = "dmd2 checkpoint 1"
@@ -185,11 +186,15 @@ def slim(state):
 
     At most a sixth of the size; it cannot be resumed from. save(path, slim(load(run)), compressed=True) makes a file to
     pass on. bfloat16 rather than float16, as networks round their weights to it where it is fast, and as its exponents
-    compress well: a fifth less than two bytes a weight.
+    compress well: a fifth less than two bytes a weight. Buffers keep their float32, as networks do not round them: the
+    frequencies of a Fourier embedding would be off by whole radians.
     """
     keys = "kind", "label_dropout", "ema_decay", "teacher_digest", *KINDS[state["kind"]]
     kept = {key: state[key] for key in keys if key in state}
-    return dict(kept, model_ema={name: value.bfloat16() for name, value in state["model_ema"].items()})
+    with torch.device("meta"):
+        rounded = dict(networks.rebuild(state["model_config"]).named_parameters())
+    weights = state["model_ema"].items()
+    return dict(kept, model_ema={name: value.bfloat16() if name in rounded else value for name, value in weights})
 
 
 def stamp(folder, name=NAME):
