@@ -4,9 +4,9 @@
     x0_hat = net(x_t, sigma, labels)
 
 Three networks with the interface of SimpleUNet: DDPM++ and NCSN++ of Song et al. (2021, arXiv 2011.13456), which EDM
-calls VP and VE (class SongUNet), and ADM of Dhariwal & Nichol (2021, arXiv 2105.05233; class DhariwalUNet). The default,
-VP for CIFAR-10, has three times the parameters of SimpleUNet and takes 34 times its compute. The parameters have the
-names and shapes that they have in EDM's files, which support/edm_pickle.py reads.
+calls VP and VE (class SongUNet), and ADM of Dhariwal & Nichol (2021, arXiv 2105.05233; class DhariwalUNet). The
+default, VP for CIFAR-10, has three times the parameters of SimpleUNet and takes 34 times its compute. The parameters
+have the names and shapes that they have in EDM's files, which support/edm_pickle.py reads.
 """
 
 import functools
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import IMAGE_SIZE, Denoiser
-
 
 SQRT_HALF = math.sqrt(1 / 2)        # scales the sum of two terms of unit variance back to unit variance
 

@@ -25,9 +25,9 @@ from edm_unet import EDMUNet
 # nested tuples overflows Python's stack.
 MOST_OPCODES, MOST_TUPLES = 1_000_000, 20_000
 
-# Arguments of the file's network. COUNTS: integers or lists of them, passed to EDMUNet. CHOICES: by the network's class,
-# the values that are read, passed to EDMUNet except NOT_PASSED. IGNORED: without effect once the network is trained, as
-# the augmentation labels are zero and dropout is off. All others are refused. DEFAULTS: EDM's, of what a file leaves out.
+# Arguments of the file's network. COUNTS: integers or lists of them, passed to EDMUNet. CHOICES: the values that are
+# read, by class of network; passed to EDMUNet except NOT_PASSED. IGNORED: without effect on a trained network, as the
+# augmentation labels are zero and dropout is off. All others are refused. DEFAULTS: EDM's own, for those left out.
 COUNTS = "model_channels", "label_dim", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions"
 IGNORED = "augment_dim", "dropout"
 COMMON = dict(
