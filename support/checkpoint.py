@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from support import edm_pickle, files, processes
+from model import IMAGE_SIZE
+from support import edm_pickle, files, networks, processes
 from support.errors import UsageError
 
 FORMAT = "dmd2 checkpoint 1"
@@ -121,7 +122,7 @@ def load(path, kind=None):
         kind: "teacher" or "student" where only one of them will do.
 
     Raises:
-        CheckpointError: there is none, it is damaged or of another kind.
+        CheckpointError: there is none, it is damaged, of another kind or of images of another size.
     """
     file = find(path)
     if file is None:
@@ -142,6 +143,9 @@ def load(path, kind=None):
         raise CheckpointError(f"{file} is incomplete")
     if not consistent(state):
         raise CheckpointError(f"{file} contradicts itself: its classes, noise levels or step are not what they can be")
+    size = state["model_config"].get("img_resolution", IMAGE_SIZE)
+    if size != IMAGE_SIZE:
+        raise CheckpointError(f"{file} is of {size}x{size} images; this version makes {IMAGE_SIZE}x{IMAGE_SIZE}")
     if kind and state["kind"] != kind:
         raise CheckpointError(f"{file} holds a {state['kind']}, but a {kind} is needed")
     return state
@@ -182,11 +186,15 @@ def slim(state):
 
     At most a sixth of the size; it cannot be resumed from. save(path, slim(load(run)), compressed=True) makes a file to
     pass on. bfloat16 rather than float16, as networks round their weights to it where it is fast, and as its exponents
-    compress well: a fifth less than two bytes a weight.
+    compress well: a fifth less than two bytes a weight. Buffers keep their float32, as networks do not round them: the
+    frequencies of a Fourier embedding would be off by whole radians.
     """
     keys = "kind", "label_dropout", "ema_decay", "teacher_digest", *KINDS[state["kind"]]
     kept = {key: state[key] for key in keys if key in state}
-    return dict(kept, model_ema={name: value.bfloat16() for name, value in state["model_ema"].items()})
+    with torch.device("meta"):
+        rounded = dict(networks.rebuild(state["model_config"]).named_parameters())
+    weights = state["model_ema"].items()
+    return dict(kept, model_ema={name: value.bfloat16() if name in rounded else value for name, value in weights})
 
 
 def stamp(folder, name=NAME):

@@ -25,17 +25,34 @@ from edm_unet import EDMUNet
 # nested tuples overflows Python's stack.
 MOST_OPCODES, MOST_TUPLES = 1_000_000, 20_000
 
-# Arguments of the file's network. TAKEN: passed to EDMUNet. IGNORED: without effect once the network is trained, as the
-# augmentation labels are zero and dropout is off. FIXED: all others, with the only value that EDMUNet implements.
-TAKEN = "model_channels", "label_dim", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions"
+# Arguments of the file's network. COUNTS: integers or lists of them, passed to EDMUNet. CHOICES: the values that are
+# read, by class of network; passed to EDMUNet except NOT_PASSED. IGNORED: without effect on a trained network, as the
+# augmentation labels are zero and dropout is off. All others are refused. DEFAULTS: EDM's own, for those left out.
+COUNTS = "model_channels", "label_dim", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions"
 IGNORED = "augment_dim", "dropout"
-FIXED = dict(
-    model_type="SongUNet", embedding_type="positional", encoder_type="standard", decoder_type="standard",
-    channel_mult_noise=1, resample_filter=[1, 1], label_dropout=0, use_fp16=False, img_resolution=32, img_channels=3,
-    sigma_min=0, sigma_max=float("inf"), sigma_data=0.5,
+COMMON = dict(
+    img_resolution=[32, 64], img_channels=[3], label_dropout=[0], sigma_min=[0], sigma_max=[float("inf")],
+    sigma_data=[0.5],
+)
+CHOICES = dict(
+    SongUNet=dict(
+        COMMON, embedding_type=["positional", "fourier"], encoder_type=["standard", "residual"],
+        decoder_type=["standard"], channel_mult_noise=[1, 2], resample_filter=[[1, 1], [1, 3, 3, 1]], use_fp16=[False],
+    ),
+    DhariwalUNet=dict(COMMON, use_fp16=[False, True]),          # how it was run: the weights are float32
+)
+NOT_PASSED = "img_channels", "label_dropout", "sigma_min", "sigma_max", "decoder_type", "use_fp16"
+DEFAULTS = dict(
+    SongUNet=dict(label_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16]),
+    DhariwalUNet=dict(
+        label_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]
+    ),
 )
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-MODULES = "SongUNet", "PositionalEmbedding", "Linear", "Conv2d", "GroupNorm", "UNetBlock", "ModuleDict"
+MODULES = (
+    "SongUNet", "DhariwalUNet", "PositionalEmbedding", "FourierEmbedding", "Linear", "Conv2d", "GroupNorm", "UNetBlock",
+    "ModuleDict",
+)
 
 
 class Refused(Exception):
@@ -95,15 +112,16 @@ class Unpickler(pickle.Unpickler):
 def teacher(path):
     """The network in a file as a teacher's checkpoint; raises what read raises.
 
-    The file names no classes: ten classes are taken to be CIFAR-10's. An unconditional network gets one class with an
-    empty name, and ignores its label.
+    The file names no classes: 32x32 images of ten classes, or of none, are taken to be CIFAR-10's. An unconditional
+    network gets one class with an empty name, and ignores its label.
     """
     config, weights = read(path)
-    classes = {0: [""], 10: list(CIFAR10)}.get(config["label_dim"])
+    label_dim, classes = config["label_dim"], [str(label) for label in range(config["label_dim"])] or [""]
+    cifar10 = config["img_resolution"] == 32 and label_dim in (0, 10)
     return dict(
         kind="teacher", step=0, model_config=dict(config, network="EDMUNet"), model_ema=weights, label_dropout=0.0,
-        classes=classes or [str(label) for label in range(config["label_dim"])],
-        sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, settings=dict(dataset="cifar10") if classes else {},
+        classes=list(CIFAR10) if cifar10 and label_dim else classes,
+        sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, settings=dict(dataset="cifar10") if cifar10 else {},
     )
 
 
@@ -120,12 +138,11 @@ def read(path):
             file.seek(0)
             ema = Unpickler(file).load()["ema"]
         class_name, state = described(ema)
-        expect(class_name, "EDMPrecond", "class")
+        expect(class_name, ["EDMPrecond"], "class")
         model = state["_modules"]["model"]
-        expect(described(model)[0], "SongUNet", "class")
-        arguments = configuration(state)
+        arguments = configuration(state, expect(described(model)[0], list(CHOICES), "class"))
         found = {name: tensor for name, tensor in tensors(model) if name != "map_augment.weight"}
-        if arguments.get("num_blocks", 1) > len(found):         # else building it might never end
+        if arguments["num_blocks"] > len(found):         # else building it might never end
             raise Refused(f"it holds {len(found)} tensors, too few for its num_blocks")
         with torch.device("meta"):
             net = EDMUNet(**arguments)
@@ -151,9 +168,11 @@ def check_opcodes(file):
             raise Refused("it is made to take more memory than it is large")
 
 
-def expect(value, wanted, what):
-    if value != wanted:
-        raise Refused(f"its network has {what} {value!r:.60}, where only {wanted!r} is read")
+def expect(value, known, what):
+    """The one of the known values that this is."""
+    if value not in known:
+        raise Refused(f"its network has {what} {value!r:.60}, where only {' or '.join(map(repr, known))} is read")
+    return known[known.index(value)]
 
 
 def described(module):
@@ -164,16 +183,24 @@ def described(module):
     return meta["class_name"], meta["state"]
 
 
-def configuration(state):
-    """EDMUNet's arguments from the state of the module around the network."""
-    expect(state["_init_args"], (), "arguments without names")
+def configuration(state, model_type):
+    """EDMUNet's arguments from the state of the module around the network, which is of this class."""
+    expect(state["_init_args"], [()], "arguments without names")
+    arguments, choices = dict(DEFAULTS[model_type], model_type=model_type), CHOICES[model_type]
     for name, value in state["_init_kwargs"].items():
-        if name in FIXED:
-            expect(value, FIXED[name], name)
-        elif name not in TAKEN + IGNORED:
-            raise Refused(f"its network has an argument {name!r:.60}, which EDMUNet has not")
-    given = {name: value for name, value in state["_init_kwargs"].items() if name in TAKEN}
-    return dict(dict(label_dim=0, channel_mult=[1, 2, 2, 2]), **given)              # EDM's defaults, not EDMUNet's
+        if name == "model_type":
+            expect(value, [model_type], name)
+        elif name in choices:
+            value = expect(value, choices[name], name)
+            if name not in NOT_PASSED:
+                arguments[name] = value
+        elif name in COUNTS:
+            if any(type(number) is not int for number in (value if isinstance(value, list) else [value])):
+                raise Refused(f"its network has {name} {value!r:.60}, where only integers are read")
+            arguments[name] = value
+        elif name not in IGNORED:
+            raise Refused(f"its network has an argument {name!r:.60}, which {model_type} has not")
+    return arguments
 
 
 def tensors(module, prefix=""):

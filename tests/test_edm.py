@@ -17,16 +17,24 @@ from conftest import call, image_tree
 from torch import nn
 
 import diffusion
+import evaluate
 import sample
 import train
-from edm_unet import Block, EDMUNet
+import train0
+from edm_unet import AuxResidual, Block, EDMUNet
 from model import SimpleUNet
 from support import checkpoint, data, edm_pickle, networks
 from support.randomness import image_noise
-from tools import benchmark
+from tools import average, benchmark, export
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "edm-tiny.pkl"            # published format, random weights; its embedded source raises when it is run
+FILES = "edm-tiny", "edm-tiny-64", "edm-tiny-ve", "edm-tiny-adm"
+VE = dict(
+    embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1]
+)
+ADM = dict(model_type="DhariwalUNet")
+KINDS = pytest.mark.parametrize("kind", [dict(), VE, ADM], ids=["vp", "ve", "adm"])
 
 
 class Reduced:
@@ -65,19 +73,25 @@ def state_of(module, *names):
 
 
 def as_in_a_file(module):
-    inner = {name: as_in_a_file(m) for name, m in module.named_children() if any(True for _ in m.parameters())}
-    state = dict(_parameters=dict(module._parameters), _buffers=dict(resample_filter=None), _modules=inner)
+    inner = {name: as_in_a_file(m) for name, m in module.named_children() if m.state_dict()}
+    buffers = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+    buffers["resample_filter"] = None
+    state = dict(_parameters=dict(module._parameters), _buffers=buffers, _modules=inner)
     if isinstance(module, nn.ModuleDict):
         copy = nn.ModuleDict.__new__(nn.ModuleDict)
         copy.__dict__.update(state)
         return copy
-    name = {EDMUNet: "SongUNet", Block: "UNetBlock"}.get(type(module), type(module).__name__)
-    return persistent(name, **state)
+    if isinstance(module, EDMUNet):
+        return persistent(module.config["model_type"], **state)
+    return persistent({Block: "UNetBlock", AuxResidual: "Conv2d"}.get(type(module), type(module).__name__), **state)
 
 
 def ema_of(net, **changes):
     """The averaged network of a file."""
-    kwargs = dict(net.config, model_type="SongUNet", augment_dim=9, dropout=np.sqrt(0.5), sigma_max=math.inf) | changes
+    kwargs = dict(net.config, augment_dim=9, dropout=np.sqrt(0.5), sigma_max=math.inf)
+    if net.adm:
+        kwargs = {name: value for name, value in kwargs.items() if name not in VE} | dict(use_fp16=True)
+    kwargs |= changes
     return persistent(
         "EDMPrecond", _parameters={}, _buffers={}, _modules=dict(model=as_in_a_file(net)),
         _init_args=(), _init_kwargs=kwargs,
@@ -94,30 +108,68 @@ def tiny(**config):
     return EDMUNet(**dict(dict(model_channels=4, num_blocks=1, channel_mult=[2, 1], label_dim=3), **config))
 
 
-def test_known_answers():
-    answers = {name: torch.from_numpy(array) for name, array in np.load(DATA / "edm-tiny-answers.npz").items()}
-    x, sigma, labels = answers["x"], answers["sigma"], answers["labels"]
-    config, weights = edm_pickle.read(TINY)
+def read(name):
+    config, weights = edm_pickle.read(DATA / f"{name}.pkl")
     net = EDMUNet(**config)
     net.load_state_dict(weights)
+    return net
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_known_answers(name):
+    answers = {key: torch.from_numpy(array) for key, array in np.load(DATA / f"{name}-answers.npz").items()}
+    x, sigma, labels = answers["x"], answers["sigma"], answers["labels"]
+    net = read(name)
     level = sigma.view(-1, 1, 1, 1)
     raw = net.network(x / (level**2 + 0.25).sqrt(), sigma.log() / 4, labels)
     features = net(x, sigma, labels, return_features=True)
     assert [level.shape[1] for level in features] == net.feature_channels
-    assert [level.shape[2] for level in features] == [32, 16, 8, net.bottleneck_size]
-    for found, name in (
-        (net(x, sigma, labels), "denoised"), (raw, "raw_F"), (features[-1], "bottleneck_after_in1")
+    sizes = [x.shape[2] >> level for level in range(len(net.config["channel_mult"]))]
+    assert [level.shape[2] for level in features] == [*sizes, net.bottleneck_size]
+    bottleneck = answers["bottleneck_after_in1"]        # of the first image alone where it is large
+    for found, wanted in (
+        (net(x, sigma, labels), answers["denoised"]), (raw, answers["raw_F"]),
+        (features[-1][: len(bottleneck)], bottleneck),
     ):
-        torch.testing.assert_close(found, answers[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_published_size():
+LARGER = dict(img_resolution=64, channel_mult=[1, 2, 2, 2], label_dim=0)
+IMAGENET = dict(
+    ADM, img_resolution=64, channel_mult=[1, 2, 3, 4], label_dim=1000, model_channels=192, num_blocks=3,
+    attn_resolutions=[32, 16, 8],
+)
+
+
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (dict(), 55_735_299), (dict(label_dim=0), 55_733_891), (VE, 56_400_643),
+        (LARGER, 61_805_571), (dict(LARGER, **VE), 62_761_091), (IMAGENET, 295_899_267),
+    ],
+)
+def test_the_published_sizes(config, parameters):
     with torch.device("meta"):
-        net = EDMUNet()
-        assert net(torch.empty(2, 3, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long)).shape == (2, 3, 32, 32)
-    augment = 9 * 128                   # weights of its inputs for labels of augmentation, which are left out
-    assert sum(p.numel() for p in net.parameters()) == 55_735_299 - augment
-    assert net.feature_channels == [256] * 4
+        net = EDMUNet(**config)
+        x = torch.empty(2, 3, net.img_resolution, net.img_resolution)
+        assert net(x, torch.empty(2), torch.zeros(2, dtype=torch.long)).shape == x.shape
+    # Weights of the inputs for labels of augmentation, which are left out.
+    augment = 0 if net.adm else 9 * 128 * net.config["channel_mult_noise"]
+    assert sum(p.numel() for p in net.parameters()) == parameters - augment
+
+
+def test_attention_heads_are_of_64_channels():
+    block, x = Block(128, 128, 8, heads=2), torch.randn(2, 128, 4, 4)
+    qkv, heads = block.qkv(x).flatten(2), []
+    for head in range(2):                               # channel 3 (64 head + c) + j: c of q, k, v
+        q, k, v = (qkv[:, 3 * 64 * head + j : 3 * 64 * (head + 1) : 3] for j in range(3))
+        heads.append(v @ (q.mT @ k / 8).softmax(-1).mT)
+    torch.testing.assert_close(block.attend(x), block.proj(torch.cat(heads, 1).view(2, 128, 4, 4)))
+    net = tiny(**ADM, model_channels=64, channel_mult=[1, 3], attn_resolutions=[32])
+    assert {name: block.heads for name, block in net.dec.items()} == {
+        "16x16_in0": 3, "16x16_in1": 0, "16x16_block0": 0, "16x16_block1": 0,
+        "32x32_up": 0, "32x32_block0": 1, "32x32_block1": 1,
+    }
 
 
 def test_preconditioning_is_float32_under_autocast():
@@ -145,6 +197,9 @@ def test_labels():
     [
         dict(label_dim=0),
         dict(model_channels=16, num_blocks=2, channel_mult=[1, 2, 2], attn_resolutions=[32, 8], channel_mult_emb=2),
+        dict(VE, num_blocks=2, channel_mult=[1, 2, 2]), dict(VE, img_resolution=64, label_dim=0),
+        dict(ADM, model_channels=32, num_blocks=2, channel_mult=[2, 4], attn_resolutions=[32, 16]),
+        dict(ADM, img_resolution=64, label_dim=0),
     ],
 )
 def test_networks_of_other_sizes_come_back_from_a_file(tmp_path, config):
@@ -157,7 +212,11 @@ def test_networks_of_other_sizes_come_back_from_a_file(tmp_path, config):
 
 
 def test_bad_arguments_are_refused():
-    for config in (dict(model_channels=6), dict(label_dim=-1), dict(num_blocks=0), dict(channel_mult=[])):
+    for config in (
+        dict(model_channels=6), dict(label_dim=-1), dict(num_blocks=0), dict(channel_mult=[]),
+        dict(img_resolution=34, channel_mult=[1, 1, 1]), dict(model_type="UNet"), dict(resample_filter=[1, 2, 1]),
+        dict(embedding_type="sine"), dict(encoder_type="skip"), dict(channel_mult_noise=0), dict(VE, **ADM),
+    ):
         with pytest.raises(ValueError, match=next(iter(config))):
             EDMUNet(**config)
 
@@ -169,8 +228,9 @@ def refused(path):
     return str(error.value)
 
 
-def test_cut_files_are_refused(tmp_path):
-    content = TINY.read_bytes()
+@pytest.mark.parametrize("name", FILES)
+def test_cut_files_are_refused(tmp_path, name):
+    content = (DATA / f"{name}.pkl").read_bytes()
     for length in (0, 1, 2, 300, 5000, len(content) // 2, len(content) - 1):
         (tmp_path / "cut.pkl").write_bytes(content[:length])
         refused(tmp_path / "cut.pkl")
@@ -189,8 +249,9 @@ def tensor(content, size, stride=(1,), offset=0):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-def test_code_and_tensors_that_are_not_what_they_say_are_refused(tmp_path):
-    ran, ema, zip_file = tmp_path / "ran", ema_of(tiny()), io.BytesIO()
+@KINDS
+def test_code_and_tensors_that_are_not_what_they_say_are_refused(tmp_path, kind):
+    ran, ema, zip_file = tmp_path / "ran", ema_of(tiny(**kind)), io.BytesIO()
     code = Reduced(os.mkdir, str(ran))
     torch.save(torch.zeros(16), zip_file)
     parameters = state_of(ema, "model", "map_layer0")["_parameters"]
@@ -207,14 +268,26 @@ def test_code_and_tensors_that_are_not_what_they_say_are_refused(tmp_path):
     edm_pickle.read(write(tmp_path / "net.pkl", ema))
 
 
-def test_other_networks_are_refused_by_name(tmp_path):
+@KINDS
+def test_other_networks_are_refused_by_name(tmp_path, kind):
     for key, value in dict(
-        embedding_type="fourier", encoder_type="residual", resample_filter=[1, 3, 3, 1], model_type="DhariwalUNet",
-        img_resolution=64, label_dropout=0.1, use_fp16=True, sigma_data=1.0, heads=4,
+        embedding_type="sine", encoder_type="skip", decoder_type="skip", resample_filter=[1, 2, 1], model_type="UNet",
+        img_resolution=128, img_channels=1, channel_mult_noise=3, label_dropout=0.1, use_fp16="yes", sigma_data=1.0,
+        heads=4, num_blocks=1.0, attn_resolutions=["16"], channel_mult="wide", model_channels=Reduced(np.dtype, "f8"),
     ).items():
-        assert key in refused(write(tmp_path / "net.pkl", ema_of(tiny(), **{key: value})))
-    for key, value in dict(num_blocks=10**9, model_channels=10**6, attn_resolutions=[32], channel_mult="wide").items():
-        refused(write(tmp_path / "net.pkl", ema_of(tiny(), **{key: value})))
+        assert key in refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), **{key: value})))
+    for key, value in dict(
+        num_blocks=10**9, model_channels=10**6, attn_resolutions=[32], channel_mult=[1] * 9,
+        img_resolution=64, label_dim=10**9,
+    ).items():
+        # In ADM only where there are 64 channels is there attention.
+        net = tiny(**dict(kind, model_channels=64) if kind is ADM else kind)
+        refused(write(tmp_path / "net.pkl", ema_of(net, **{key: value})))
+    others = dict(VE, resample_filter=[1, 1]) if kind is ADM else {}
+    for key, value in others.items():                           # SongUNet's, even with its default
+        assert key in refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), **{key: value})))
+    if kind is not ADM:
+        assert "use_fp16" in refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), use_fp16=True)))
 
     def change_class(ema):
         ema.args[0]["class_name"] = "VPPrecond\n"
@@ -227,12 +300,13 @@ def test_other_networks_are_refused_by_name(tmp_path):
         (lambda ema: state_of(ema, "model")["_modules"].update(it=state_of(ema)["_modules"]["model"]), "KeyError"),
         (lambda ema: state_of(ema).update(_init_args=(32,)), "32"),
     ):
-        ema = ema_of(tiny())
+        ema = ema_of(tiny(**kind))
         change(ema)
         assert message in refused(write(tmp_path / "net.pkl", ema))
 
 
-def test_a_small_file_takes_little_memory(tmp_path):
+@KINDS
+def test_a_small_file_takes_little_memory(tmp_path, kind):
     for code in (
         b"}r\xff\xff\xff\x0f",                                  # an object to remember as number 2^28
         1_100_000 * b"}",
@@ -241,12 +315,13 @@ def test_a_small_file_takes_little_memory(tmp_path):
         (tmp_path / "net.pkl").write_bytes(b"\x80\x04" + code + b".")
         assert "memory" in refused(tmp_path / "net.pkl")
     with torch.device("meta"):
-        ema = ema_of(tiny(model_channels=4000))
+        ema = ema_of(tiny(**kind, model_channels=4096))
 
     def shrink(module):                                         # every tensor one number, repeated
         state = state_of(module)
-        for name, value in state["_parameters"].items():
-            state["_parameters"][name] = tensor(storage(1), tuple(value.shape), (0,) * value.dim())
+        for kept in state["_parameters"], state["_buffers"]:
+            for name, value in kept.items():
+                kept[name] = None if value is None else tensor(storage(1), tuple(value.shape), (0,) * value.dim())
         for inner in state["_modules"].values():
             shrink(inner)
 
@@ -265,6 +340,33 @@ def test_a_file_is_a_teacher_of_cifar10(tmp_path):
         checkpoint.load(write(tmp_path / "net.pt", Reduced(os.mkdir, str(tmp_path / "ran"))))
 
 
+@pytest.mark.parametrize("name", ["edm-tiny-64", "edm-tiny-adm"])
+def test_a_network_of_larger_images_is_read_and_not_used(tmp_path, capsys, name):
+    path, out = DATA / f"{name}.pkl", tmp_path / "out"
+    state = edm_pickle.teacher(path)
+    assert state["classes"] == ([""] if name == "edm-tiny-64" else list("0123456789")) and not state["settings"]
+    checkpoint.save(tmp_path / "net.pt", state)
+    for file in path, tmp_path / "net.pt":
+        for script, *flags in (
+            (sample, "--out", f"{out}.png", "--checkpoint", str(file)), (evaluate, "--checkpoint", str(file)),
+            (train, "--run_dir", str(out), "--teacher", str(file)),
+            (train0, "--dataset", "shapes", "--run_dir", str(out), "--init", str(file)),
+            (average, "--out", str(out), str(TINY), str(file)),
+            (export, "--out", f"{out}.onnx", "--checkpoint", str(file)),
+        ):
+            assert call(script, *flags) == 2
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert f"{file} is of 64x64 images; this version makes 32x32" in error
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pt"]
+
+
+def test_rounded_weights_keep_their_fourier_frequencies(tmp_path):
+    state = checkpoint.load(DATA / "edm-tiny-ve.pkl")
+    slim = checkpoint.slim(state)["model_ema"]
+    assert torch.equal(slim["map_noise.freqs"], state["model_ema"]["map_noise.freqs"])
+    assert all(value.dtype == torch.bfloat16 for name, value in slim.items() if name != "map_noise.freqs")
+
+
 def test_images_for_a_network_without_classes_have_none_either(tmp_path):
     state = checkpoint.load(write(tmp_path / "net.pkl", ema_of(tiny(label_dim=0))))
     folder = str(image_tree(tmp_path / "images"))
@@ -272,8 +374,9 @@ def test_images_for_a_network_without_classes_have_none_either(tmp_path):
     assert found.classes == state["classes"] == [""] and not found.labels.any()
 
 
-def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys):
-    path, out = write(tmp_path / "net.pkl", ema_of(tiny())), str(tmp_path / "grid.png")
+@KINDS
+def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys, kind):
+    path, out = write(tmp_path / "net.pkl", ema_of(tiny(**kind))), str(tmp_path / "grid.png")
     flags = ["--device", "cpu", "--checkpoint", str(path), "--out", out]
     assert call(sample, *flags, "--num_images", "6", "--npz", str(tmp_path / "images.npz")) == 0
     net = networks.averaged(checkpoint.load(path))
@@ -284,13 +387,18 @@ def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys):
     assert call(sample, *flags, "--cfg_scale", "2") == 2 and "--cfg_scale 2.0 needs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("label_dim, steps", [(2, 20), (0, 2)])
-def test_a_student_with_a_gan_resumes_bit_for_bit(tmp_path, label_dim, steps):
-    teacher = write(tmp_path / "net.pkl", ema_of(tiny(channel_mult=[1, 1, 1], label_dim=label_dim)))
+@pytest.mark.parametrize(
+    "kind, label_dim, steps", [({}, 2, 20), ({}, 0, 2), (VE, 2, 6), (VE, 0, 2), (ADM, 2, 6)],
+    ids=["vp", "vp-uncond", "ve", "ve-uncond", "adm"],
+)
+def test_a_student_with_a_gan_resumes_bit_for_bit(tmp_path, kind, label_dim, steps):
+    teacher = write(tmp_path / "net.pkl", ema_of(tiny(**kind, channel_mult=[1, 1, 1], label_dim=label_dim)))
     images = image_tree(tmp_path / "images", classes=("0", "1"))
     flags = [*SHORT, "--preset", "edm", "--accumulate", "2", "--no-compile"]
     flags += ["--teacher", str(teacher), "--dataset", "folder", "--data_dir", str(images)]
     flags += ["--save_every", "20", "--sample_every", "20"]
+    if kind:
+        flags += ["--dfake_gen_update_ratio", "2"]
     for run, end in (("whole", steps), ("halves", steps // 2), ("halves", steps)):
         assert call(train, *flags, "--resume", "--run_dir", str(tmp_path / run), "--steps", str(end)) == 0
     whole, halves = (checkpoint.load(tmp_path / run, kind="student") for run in ("whole", "halves"))
@@ -316,6 +424,14 @@ def test_its_turns_are_timed(tmp_path):
     # In units of one evaluation: the teacher 1, fake_unet 1 and 3, the generator 3; in the other turn its image alone.
     assert set(flops) == {"both_turns", "guidance_turn", "gan_turn"}
     assert flops["both_turns"] / flops["guidance_turn"] == pytest.approx(8 / 4, rel=0.02)
+
+
+def test_a_checkpoint_from_before_the_other_networks_is_rebuilt():
+    old = dict(
+        model_channels=8, label_dim=10, channel_mult=[2, 2, 2], channel_mult_emb=4, num_blocks=1, attn_resolutions=[16],
+        sigma_data=0.5, network="EDMUNet",
+    )
+    assert networks.rebuild(old).config == read("edm-tiny").config
 
 
 def test_a_checkpoint_names_its_network():
