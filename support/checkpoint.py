@@ -186,8 +186,8 @@ def slim(state):
 
     At most a sixth of the size; it cannot be resumed from. save(path, slim(load(run)), compressed=True) makes a file to
     pass on. bfloat16 rather than float16, as networks round their weights to it where it is fast, and as its exponents
-    compress well: a fifth less than two bytes a weight. Buffers keep their float32, as networks do not round them: the
-    frequencies of a Fourier embedding would be off by whole radians.
+    compress well: a fifth less than two bytes a weight. Buffers stay float32, as networks do not round them: it would
+    shift the angles of a Fourier embedding.
     """
     keys = "kind", "label_dropout", "ema_decay", "teacher_digest", *KINDS[state["kind"]]
     kept = {key: state[key] for key in keys if key in state}

@@ -71,7 +71,7 @@ class Generator(nn.Module):
 
     def example(self, n):
         """Inputs for n images: the noise of seed 0, the classes in turn."""
-        inputs = dict(z=image_noise(0, range(n)), labels=torch.arange(n) % self.net.label_dim)
+        inputs = dict(z=image_noise(0, range(n)), labels=torch.arange(n) % max(1, self.net.label_dim))
         if len(self.sigmas) > 1:
             inputs["renoise"] = torch.stack([image_noise(0, range(n), i) for i in range(1, len(self.sigmas))], dim=1)
         return inputs
