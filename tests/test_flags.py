@@ -190,7 +190,7 @@ def test_a_flag_is_refused_in_one_line_that_names_it_or_works(name, action, plac
         assert files(folder) == before, value
         return err
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=20 if RUNS_PER_FLAG else 6, deadline=None, derandomize=True, database=None)
     @given(st.one_of(NUMBERS.map(str), TEXTS))
     def check(value):
         argv = [*before_flag, *([flag, value, "5"] if action.nargs == 2 else [f"{flag}={value}"])]
