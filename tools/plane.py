@@ -145,9 +145,8 @@ class Distillation:
         )
         guidance = self.guidance = self.model.guidance_model
         discriminator = Discriminator(net.feature_channels, self.data.num_classes) if args.gan_steps else None
-        self.features_of = guidance.real_unet       # an exact denoiser has no features for the discriminator
-        if args.teacher != "trained":
-            guidance.real_unet = Exact(known, self.features_of).eval().requires_grad_(False)
+        if args.teacher != "trained":               # an exact denoiser has no features: the discriminator reads the MLP's
+            guidance.real_unet = Exact(known, guidance.real_unet).eval().requires_grad_(False)
         if args.without == "fake_unet":
             guidance.fake_unet = NoFake(guidance)
         self.ema = EMA(self.model.feedforward_model, args.ema_decay)
