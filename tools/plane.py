@@ -145,7 +145,7 @@ class Distillation:
         )
         guidance = self.guidance = self.model.guidance_model
         discriminator = Discriminator(net.feature_channels, self.data.num_classes) if args.gan_steps else None
-        if args.teacher != "trained":               # an exact denoiser has no features: the discriminator reads the MLP's
+        if args.teacher != "trained":               # the features, for the discriminator, stay the MLP's
             guidance.real_unet = Exact(known, guidance.real_unet).eval().requires_grad_(False)
         if args.without == "fake_unet":
             guidance.fake_unet = NoFake(guidance)
