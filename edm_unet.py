@@ -176,15 +176,14 @@ class EDMUNet(Denoiser):
     ):
         super().__init__()
         adm, taps = model_type == "DhariwalUNet", list(resample_filter)
-        sizes = [img_resolution // 2**level for level in range(len(channel_mult))]  # 32, 16, 8
+        sizes = [img_resolution >> level for level in range(len(channel_mult))]     # 32, 16, 8
         if model_channels < 4 or model_channels % 4 or label_dim < 0:
             got = f"{model_channels} and {label_dim}"
             raise ValueError(f"model_channels must be a positive multiple of 4, label_dim at least 0, got {got}")
-        if not 1 <= len(sizes) <= 4 or min(channel_mult_emb, channel_mult_noise, num_blocks, *channel_mult) < 1:
+        if not sizes or min(channel_mult_emb, channel_mult_noise, num_blocks, *channel_mult) < 1:
             got = f"{channel_mult_emb}, {channel_mult_noise}, {num_blocks} and {list(channel_mult)}"
             raise ValueError(
-                "channel_mult_emb, channel_mult_noise, num_blocks and one to four channel_mult must be at least 1, "
-                f"got {got}"
+                f"channel_mult_emb, channel_mult_noise, num_blocks and each channel_mult must be at least 1, got {got}"
             )
         if img_resolution < 1 or img_resolution % 2 ** (len(sizes) - 1):
             raise ValueError(f"img_resolution {img_resolution} cannot be halved {len(sizes) - 1} times")

@@ -15,10 +15,8 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
 
-import hashlib
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from support import (
     checkpoint,
     data,
     errors,
+    files,
     flags,
     hardware,
     image_files,
@@ -130,10 +129,6 @@ def read_images(folder):
     return images
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def spread(values):
     """The standard deviation of a sample, over sampling seeds; None of one value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -148,7 +143,7 @@ def main(argv=None):
         cfg = teachers.sampling_cfg(args, state, device)
         guide = teachers.guide_path(args, args.checkpoint)
         # Now, as a run at work saves anew while its images are made.
-        digest, guide_digest = (file and sha256(checkpoint.find(file)) for file in (args.checkpoint, guide))
+        digest, guide_digest = (file and files.sha256(checkpoint.find(file)) for file in (args.checkpoint, guide))
         with resume.restoring(args.checkpoint):
             sample = sampling.sampler(state, device, args.num_steps, cfg, args.temperature, args.compile)
     else:

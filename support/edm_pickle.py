@@ -1,12 +1,13 @@
 """EDM's published networks (Karras et al. 2022, arXiv 2206.00364), read without running anything that is in the file.
 
     state = edm_pickle.teacher("edm-cifar10-32x32-cond-vp.pkl")     # as checkpoint.load gives a teacher
-    config, weights = edm_pickle.read("edm-cifar10-32x32-cond-vp.pkl")
+    config, weights, images = edm_pickle.read("edm-cifar10-32x32-cond-vp.pkl")
     EDMUNet(**config).load_state_dict(weights)
 
-Such a file is a pickle that contains the source code of its networks, which EDM's own loader runs, and a second pickle
-inside every tensor. Here every call that the file asks for becomes a Call record and is never made. The configuration
-and the weights are then read from the records of the file's EMA network, `ema`, and from no others.
+Such a file, or a snapshot of EDM's train.py (network-snapshot-*.pkl), is a pickle that contains the source code of its
+networks, which EDM's own loader runs, and a second pickle inside every tensor. Here every call that the file asks for
+becomes a Call record and is never made. The configuration and the weights are then read from the records of the file's
+EMA network, `ema`, and from no others.
 """
 
 import collections
@@ -17,9 +18,11 @@ import pickle
 import pickletools
 
 import torch
+from tqdm import tqdm
 
 from diffusion import SIGMA_MAX, SIGMA_MIN
 from edm_unet import EDMUNet
+from support import processes
 
 # Ten times what the published files have. An opcode may take a hundred times its own size in memory, and hashing deeply
 # nested tuples overflows Python's stack.
@@ -31,15 +34,15 @@ MOST_OPCODES, MOST_TUPLES = 1_000_000, 20_000
 COUNTS = "model_channels", "label_dim", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions"
 IGNORED = "augment_dim", "dropout"
 COMMON = dict(
-    img_resolution=[32, 64], img_channels=[3], label_dropout=[0], sigma_min=[0], sigma_max=[float("inf")],
-    sigma_data=[0.5],
+    img_resolution=range(16, 129, 8), img_channels=[3], label_dropout=[0], sigma_min=[0], sigma_max=[float("inf")],
+    sigma_data=[0.5], use_fp16=[False, True],                   # how it was run: the weights are float32
 )
 CHOICES = dict(
     SongUNet=dict(
         COMMON, embedding_type=["positional", "fourier"], encoder_type=["standard", "residual"],
-        decoder_type=["standard"], channel_mult_noise=[1, 2], resample_filter=[[1, 1], [1, 3, 3, 1]], use_fp16=[False],
+        decoder_type=["standard"], channel_mult_noise=[1, 2], resample_filter=[[1, 1], [1, 3, 3, 1]],
     ),
-    DhariwalUNet=dict(COMMON, use_fp16=[False, True]),          # how it was run: the weights are float32
+    DhariwalUNet=COMMON,
 )
 NOT_PASSED = "img_channels", "label_dropout", "sigma_min", "sigma_max", "decoder_type", "use_fp16"
 DEFAULTS = dict(
@@ -48,6 +51,7 @@ DEFAULTS = dict(
         label_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]
     ),
 )
+CIFAR10_IMAGES = 50_000, 100_000                               # the second with mirrored copies (EDM's --xflip)
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 MODULES = (
     "SongUNet", "DhariwalUNet", "PositionalEmbedding", "FourierEmbedding", "Linear", "Conv2d", "GroupNorm", "UNetBlock",
@@ -112,12 +116,14 @@ class Unpickler(pickle.Unpickler):
 def teacher(path):
     """The network in a file as a teacher's checkpoint; raises what read raises.
 
-    The file names no classes: 32x32 images of ten classes, or of none, are taken to be CIFAR-10's. An unconditional
-    network gets one class with an empty name, and ignores its label.
+    The file names no classes, so they are named "0", "1", ...; but 32x32 images of ten classes, or of none, are taken
+    to be CIFAR-10's unless the file says that they are not as many. An unconditional network gets one class with an
+    empty name, and ignores its label.
     """
-    config, weights = read(path)
+    config, weights, images = read(path)
     label_dim, classes = config["label_dim"], [str(label) for label in range(config["label_dim"])] or [""]
     cifar10 = config["img_resolution"] == 32 and label_dim in (0, 10)
+    cifar10 = cifar10 and images.get("max_size", CIFAR10_IMAGES[0]) in CIFAR10_IMAGES
     return dict(
         kind="teacher", step=0, model_config=dict(config, network="EDMUNet"), model_ema=weights, label_dropout=0.0,
         classes=list(CIFAR10) if cifar10 and label_dim else classes,
@@ -126,28 +132,38 @@ def teacher(path):
 
 
 def read(path):
-    """The network in a file: EDMUNet's arguments, and its state, float32.
+    """The network in a file: EDMUNet's arguments; its state, float32; and what the file says of its training images.
+
+    Shows a progress bar where this takes more than a second. Takes little more memory than the file is large.
 
     Raises:
         OSError: the file cannot be read.
         Refused: it is damaged, or its network is not one that EDMUNet implements.
     """
     try:
+        size, shown = os.path.getsize(path), dict(delay=1, leave=False, disable=not processes.MAIN)
         with open(path, "rb") as file:
-            check_opcodes(file)
+            # This reads the file from the disk, and the next lines only from memory.
+            with tqdm.wrapattr(file, "read", size, desc=f"reading {os.path.basename(path)}", **shown) as counted:
+                check_opcodes(counted)
             file.seek(0)
-            ema = Unpickler(file).load()["ema"]
-        class_name, state = described(ema)
+            content = Unpickler(file).load()
+        class_name, state = described(content["ema"])
         expect(class_name, ["EDMPrecond"], "class")
         model = state["_modules"]["model"]
         arguments = configuration(state, expect(described(model)[0], list(CHOICES), "class"))
         found = {name: tensor for name, tensor in tensors(model) if name != "map_augment.weight"}
         if arguments["num_blocks"] > len(found):         # else building it might never end
             raise Refused(f"it holds {len(found)} tensors, too few for its num_blocks")
-        with torch.device("meta"):
-            net = EDMUNet(**arguments)
-        check_shapes(found, net, os.path.getsize(path))
-        return net.config, {name: materialise(tensor) for name, tensor in found.items()}
+        try:
+            with torch.device("meta"):
+                net = EDMUNet(**arguments)
+        except ValueError as error:
+            raise Refused(f"its network cannot be built: {error!s:.120}") from error
+        check_shapes(found, net, size)
+        images = content.get("dataset_kwargs")
+        weights = {name: materialise(tensor) for name, tensor in found.items()}
+        return net.config, weights, images if isinstance(images, dict) else {}
     except (OSError, Refused):
         raise
     except Exception as error:                      # of many types: a damaged file can break any line above
@@ -171,7 +187,9 @@ def check_opcodes(file):
 def expect(value, known, what):
     """The one of the known values that this is."""
     if value not in known:
-        raise Refused(f"its network has {what} {value!r:.60}, where only {' or '.join(map(repr, known))} is read")
+        multiples = isinstance(known, range) and f"a multiple of {known.step} from {known[0]} to {known[-1]}"
+        only = multiples or " or ".join(map(repr, known))
+        raise Refused(f"its network has {what} {value!r:.60}, where only {only} is read")
     return known[known.index(value)]
 
 

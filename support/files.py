@@ -1,6 +1,7 @@
 """Files that are never half-written."""
 
 import errno
+import hashlib
 import os
 import re
 import time
@@ -69,3 +70,12 @@ def sync_folder(path):
             raise
     finally:
         os.close(folder)
+
+
+def sha256(path):
+    """SHA-256, hex, of a file that may be larger than memory."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            found.update(chunk)
+    return found.hexdigest()

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def ema_of(net, **changes):
     )
 
 
-def write(path, ema):
+def write(path, ema, **more):
     with open(path, "wb") as file:
-        pickle.dump(dict(ema=ema, loss_fn=persistent("EDMLoss")), file)
+        pickle.dump(dict(ema=ema, loss_fn=persistent("EDMLoss"), **more), file)
     return path
 
 
@@ -109,7 +110,7 @@ def tiny(**config):
 
 
 def read(name):
-    config, weights = edm_pickle.read(DATA / f"{name}.pkl")
+    config, weights, _ = edm_pickle.read(DATA / f"{name}.pkl")
     net = EDMUNet(**config)
     net.load_state_dict(weights)
     return net
@@ -204,17 +205,83 @@ def test_labels():
 )
 def test_networks_of_other_sizes_come_back_from_a_file(tmp_path, config):
     net = tiny(**config)
-    found, weights = edm_pickle.read(write(tmp_path / "net.pkl", ema_of(net)))
+    found, weights, _ = edm_pickle.read(write(tmp_path / "net.pkl", ema_of(net)))
     copy = EDMUNet(**found)
     copy.load_state_dict(weights)
     assert copy.config == net.config
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("size, levels", [(16, 2), (24, 4), (48, 3), (64, 4), (128, 5)])
+@KINDS
+def test_a_snapshot_of_edms_training_at_other_sizes(tmp_path, kind, size, levels):
+    mult = [1, 2, 1, 2, 2][:levels]
+    net = tiny(**kind, img_resolution=size, channel_mult=mult)
+    # What EDM's train.py writes: any precision, no argument left at a default of its own.
+    images = dict(class_name="training.dataset.ImageFolderDataset", path="mine.zip", resolution=size, max_size=400)
+    ema = ema_of(net, img_channels=3, use_fp16=True)
+    path = write(tmp_path / "network-snapshot-000100.pkl", ema, augment_pipe=None, dataset_kwargs=images)
+    state = edm_pickle.teacher(path)
+    assert state["classes"] == ["0", "1", "2"] and state["settings"] == {}
+    copy = networks.averaged(state)
+    x, labels = torch.randn(2, 3, size, size), torch.tensor([1, -1])
+    torch.testing.assert_close(copy(x, 0.7, labels), net(x, 0.7, labels), rtol=1e-5, atol=1e-5)
+    features = copy(x, 0.7, labels, return_features=True)
+    sizes = [size // 2**level for level in range(levels)]
+    assert [level.shape[2] for level in features] == [*sizes, copy.bottleneck_size]
+    assert copy.bottleneck_size == sizes[-1]
+    assert [level.shape[1] for level in features] == copy.feature_channels == [4 * m for m in mult] + [4 * mult[-1]]
+
+
+@pytest.mark.parametrize("label_dim", [0, 10])
+def test_a_network_of_other_images_is_not_one_of_cifar10(tmp_path, label_dim):
+    ema = ema_of(tiny(label_dim=label_dim))
+    for max_size, cifar10 in ((50_000, True), (100_000, True), (400, False), (Reduced(np.dtype, "f8"), False)):
+        state = edm_pickle.teacher(write(tmp_path / "net.pkl", ema, dataset_kwargs=dict(max_size=max_size)))
+        assert state["settings"] == (dict(dataset="cifar10") if cifar10 else {})
+        assert (state["classes"][0] == "airplane") == (cifar10 and label_dim > 0)
+    for said in (None, [], persistent("Dataset")):
+        assert edm_pickle.teacher(write(tmp_path / "net.pkl", ema, dataset_kwargs=said))["settings"]
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_file_is_never_in_memory_twice(tmp_path, monkeypatch):
+    path, made, most = write(tmp_path / "net.pkl", ema_of(tiny(model_channels=64))), [0], [0]
+    original = edm_pickle.materialise
+
+    def materialise(tensor):
+        weight = original(tensor)
+        made[0] += weight.nbytes
+        most[0] = max(most[0], made[0] + tracemalloc.get_traced_memory()[0])    # torch's memory, and that of the pickle
+        return weight
+
+    monkeypatch.setattr(edm_pickle, "materialise", materialise)
+    tracemalloc.start()
+    try:
+        edm_pickle.read(path)
+    finally:
+        tracemalloc.stop()
+    assert 0.9 * path.stat().st_size < made[0] < most[0] < 1.2 * path.stat().st_size
+
+
+def test_reading_shows_its_progress(monkeypatch, capsys):
+    edm_pickle.read(TINY)
+    assert not capsys.readouterr().err                          # it took less than a second
+    at_once, original = dict(delay=0, mininterval=0), edm_pickle.tqdm.wrapattr
+    monkeypatch.setattr(edm_pickle.tqdm, "wrapattr", lambda *args, **flags: original(*args, **(flags | at_once)))
+    edm_pickle.read(TINY)
+    said = capsys.readouterr().err
+    assert "reading edm-tiny.pkl:" in said and "/483k [" in said           # k: 1024 bytes
+    monkeypatch.setattr(edm_pickle.processes, "MAIN", False)
+    edm_pickle.read(TINY)
+    assert not capsys.readouterr().err
+
+
 def test_bad_arguments_are_refused():
     for config in (
         dict(model_channels=6), dict(label_dim=-1), dict(num_blocks=0), dict(channel_mult=[]),
-        dict(img_resolution=34, channel_mult=[1, 1, 1]), dict(model_type="UNet"), dict(resample_filter=[1, 2, 1]),
+        dict(img_resolution=34, channel_mult=[1, 1, 1]), dict(img_resolution=16, channel_mult=[1] * 6),
+        dict(model_type="UNet"), dict(resample_filter=[1, 2, 1]),
         dict(embedding_type="sine"), dict(encoder_type="skip"), dict(channel_mult_noise=0), dict(VE, **ADM),
     ):
         with pytest.raises(ValueError, match=next(iter(config))):
@@ -272,7 +339,7 @@ def test_code_and_tensors_that_are_not_what_they_say_are_refused(tmp_path, kind)
 def test_other_networks_are_refused_by_name(tmp_path, kind):
     for key, value in dict(
         embedding_type="sine", encoder_type="skip", decoder_type="skip", resample_filter=[1, 2, 1], model_type="UNet",
-        img_resolution=128, img_channels=1, channel_mult_noise=3, label_dropout=0.1, use_fp16="yes", sigma_data=1.0,
+        img_resolution=36, img_channels=1, channel_mult_noise=3, label_dropout=0.1, use_fp16="yes", sigma_data=1.0,
         heads=4, num_blocks=1.0, attn_resolutions=["16"], channel_mult="wide", model_channels=Reduced(np.dtype, "f8"),
     ).items():
         assert key in refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), **{key: value})))
@@ -286,8 +353,11 @@ def test_other_networks_are_refused_by_name(tmp_path, kind):
     others = dict(VE, resample_filter=[1, 1]) if kind is ADM else {}
     for key, value in others.items():                           # SongUNet's, even with its default
         assert key in refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), **{key: value})))
-    if kind is not ADM:
-        assert "use_fp16" in refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), use_fp16=True)))
+    for size in (8, 12, 33, 136, 256, "32", [32]):
+        message = refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), img_resolution=size)))
+        assert f"img_resolution {size!r}, where only a multiple of 8 from 16 to 128 is read" in message
+    message = refused(write(tmp_path / "net.pkl", ema_of(tiny(**kind), img_resolution=24, channel_mult=[1] * 5)))
+    assert "img_resolution 24 cannot be halved 4 times" in message
 
     def change_class(ema):
         ema.args[0]["class_name"] = "VPPrecond\n"

@@ -228,7 +228,7 @@ def main(argv=None):
     runtime = fetch_runtime() if args.page else {}
     metadata = dict(
         classes=json.dumps(state["classes"]), sigmas=json.dumps(state["denoising_sigmas"]),
-        checkpoint_sha256=hashlib.sha256(checkpoint.find(args.checkpoint).read_bytes()).hexdigest(),
+        checkpoint_sha256=files.sha256(checkpoint.find(args.checkpoint)),
     )
     model = to_onnx(generator, args.half, metadata).SerializeToString()
     check(model, generator)
