@@ -70,7 +70,8 @@ class Denoiser(nn.Module):
 
     A subclass defines network(x, c_noise, labels, return_features), and sets sigma_data, label_dim, config (the
     arguments to build it again), feature_channels (a list, the channels of each feature) and bottleneck_size (height
-    and width of the last feature, the bottleneck's).
+    and width of the last feature, the bottleneck's). A network that predicts something else than table 1's F overrides
+    denoise, as VelocityDenoiser does.
     """
 
     def forward(self, x, sigma, labels, return_features=False):
@@ -95,7 +96,9 @@ class Denoiser(nn.Module):
         if sigma.numel() not in (1, x.shape[0]):
             raise ValueError(f"sigma has shape {tuple(sigma.shape)}, but the batch has {x.shape[0]} images")
         sigma = sigma.reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)              # [B, 1, 1, 1]
+        return self.denoise(x, sigma, labels, return_features)
 
+    def denoise(self, x, sigma, labels, return_features):
         # Table 1: x0_hat = c_skip x_t + c_out F(c_in x_t, c_noise, label). Float32 whatever the network's precision.
         sd = self.sigma_data
         c_skip = sd**2 / (sigma**2 + sd**2)
@@ -104,6 +107,22 @@ class Denoiser(nn.Module):
         c_noise = sigma.log() / 4
         f = self.network(c_in * x, c_noise.flatten(), labels, return_features)
         return f if return_features else c_skip * x + c_out * f.float()             # [B, 3, 32, 32]
+
+
+class VelocityDenoiser(Denoiser):
+    """A denoiser around a network that predicts a flow's velocity (rectified flow, arXiv 2209.03003; flow matching).
+
+    The flow's noisy image is y_t = (1 - t) x_0 + t eps, with t from 0, the data, to 1, the noise. A subclass defines
+    network(y, t, labels, return_features) -> v = eps - x_0, for y [B, 3, 32, 32] and t [B], and sets what a subclass of
+    Denoiser sets, except sigma_data. Where t = 1 is the data, it calls its network with 1 - t and returns -v.
+    """
+
+    def denoise(self, x, sigma, labels, return_features):
+        # x = x_0 + sigma eps is (1 + sigma) y_t at t = sigma / (1 + sigma), and x0_hat = y_t - t v(y_t, t, label).
+        t = sigma / (1 + sigma)                                                     # [B, 1, 1, 1]
+        y = x / (1 + sigma)                                                         # [B, 3, 32, 32]
+        v = self.network(y, t.flatten(), labels, return_features)
+        return v if return_features else y - t * v.float()                          # [B, 3, 32, 32]
 
 
 class SimpleUNet(Denoiser):

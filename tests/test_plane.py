@@ -169,7 +169,7 @@ def test_a_plot_has_its_points_and_arrows_where_their_coordinates_are():
 
 
 def test_the_worked_example_of_a_new_loss_applies_and_runs(tmp_path):
-    (patch,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "fork.md").read_text(encoding="utf-8"), re.DOTALL)
+    patch, *_ = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "fork.md").read_text(encoding="utf-8"), re.DOTALL)
     left_out = shutil.ignore_patterns(".*", "runs", "data", "weights", "*.png", "tests")
     copy = shutil.copytree(ROOT, tmp_path / "fork", ignore=left_out)
     subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=copy, check=True)
