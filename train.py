@@ -170,6 +170,8 @@ def main(argv=None):
     source, teacher, guide = teachers.load(args, state, needing_images=["gan_steps"])
     args.dataset, args.data_dir, args.flip = data.named(args, source)               # for evaluate.py, too
     adversarial = args.gen_cls_loss_weight > 0 or args.gan_steps > 0
+    if adversarial and not hasattr(teacher, "feature_channels"):
+        raise errors.UsageError(f"--gen_cls_loss_weight and --gan_steps need features, which {args.teacher} has not")
     dataset = data.from_flags(args, source) if adversarial or args.eval_every else None
     num_classes, sigmas = len(source["classes"]), dict(sigma_min=source["sigma_min"], sigma_max=source["sigma_max"])
     if args.num_denoising_steps > 1 and args.conditioning_sigma <= source["sigma_min"]:

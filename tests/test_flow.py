@@ -13,8 +13,8 @@ from model import VelocityDenoiser
 MU, S0 = 0.3, 0.5
 # Runs the commands of docs/fork.md, shortened.
 PROGRAM = """
-import shlex, torch, flow, sample, train
-from support import checkpoint, networks
+import os, shlex, torch, flow, sample, train
+from support import checkpoint, errors, networks
 torch.save(flow.Flow().state_dict(), "ema.pt")
 exec(open("teacher.py").read())
 few = dict(sample="--num_images 2", train="--batch_size 2 --steps 2")
@@ -22,6 +22,14 @@ for line in COMMANDS:
     _, script, *argv = shlex.split(line)
     name = script.removesuffix(".py")
     dict(sample=sample, train=train)[name].main([*argv, "--device", "cpu", *few[name].split()])
+for flag in "--gen_cls_loss_weight 0.1", "--gan_steps 300":
+    try:
+        train.main(["--preset", "none", "--teacher", "mine.pt", "--run_dir", "no", "--device", "cpu", *flag.split()])
+    except errors.UsageError as error:
+        assert "--gan_steps need features, which mine.pt has not" in str(error)
+    else:
+        raise AssertionError(flag)
+assert not os.path.exists("no")
 assert isinstance(networks.averaged(checkpoint.load("runs/dmd2", kind="student")), flow.Flow)
 """
 
