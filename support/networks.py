@@ -24,6 +24,13 @@ def rebuild(config):
     return NETWORKS[name](**arguments)
 
 
+def image_size(config):
+    """Height and width, in pixels, of the images of a network that described() returned."""
+    with torch.device("meta"):
+        net = rebuild(config)
+    return getattr(net, "image_size", None) or config.get("img_resolution", 32)
+
+
 def averaged(state, device="cpu"):
     """The EMA network of a loaded checkpoint: frozen, in evaluation mode, channels_last."""
     net = rebuild(state["model_config"])
