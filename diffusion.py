@@ -45,11 +45,11 @@ def heun_sample(denoise, z, labels, num_steps=18, sigma_min=SIGMA_MIN, sigma_max
 
     Args:
         denoise: the denoiser.
-        z: unit Gaussian noise, float [B, 3, 32, 32].
+        z: unit Gaussian noise, float [B, 3, H, W].
         labels: class indices [B], -1 for no class.
 
     Returns:
-        images, float32 [B, 3, 32, 32], about [-1, 1], not clipped.
+        images, float32 [B, 3, H, W], about [-1, 1], not clipped.
     """
     sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).float().to(z.device)
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])                               # t_N = 0
@@ -93,7 +93,7 @@ def guided(denoise, cfg_scale=1.0, cfg_interval=None, guide=None, autoguidance_s
         x0_hat = denoise(x_t, sigma, labels)
         if cfg_interval and sigma.ndim == 0 and not inside:
             return x0_hat
-        away = 0                                                                    # [B, 3, 32, 32]
+        away = 0                                                                    # [B, 3, H, W]
         if w != 1:
             away = away + (w - 1) * (x0_hat - denoise(x_t, sigma, torch.full_like(labels, -1)))
         if v != 1:
@@ -118,18 +118,18 @@ def few_step_sample(generator, z, labels, sigmas, renoise):
 
     Args:
         generator: a denoiser (x_t, sigma, labels) -> x0_hat.
-        z: unit Gaussian noise, float [B, 3, 32, 32].
+        z: unit Gaussian noise, float [B, 3, H, W].
         labels: class indices [B], -1 for no class.
         sigmas: the noise levels; a list of one makes it the one-step generator of section 3, G(z sigma, sigma, y).
-        renoise: i -> fresh unit noise [B, 3, 32, 32], for i = 1 .. len(sigmas) - 1.
+        renoise: i -> fresh unit noise [B, 3, H, W], for i = 1 .. len(sigmas) - 1.
 
     Returns:
-        images, float32 [B, 3, 32, 32]; gradients, if enabled, come from the last evaluation alone.
+        images, float32 [B, 3, H, W]; gradients, if enabled, come from the last evaluation alone.
     """
     grad, x_gen = torch.is_grad_enabled(), 0
     for i, sigma in enumerate(sigmas):
         sigma = torch.full((), sigma, device=z.device)          # a float would be compiled anew for each level
         x_t = x_gen + sigma * (renoise(i) if i else z)
         with torch.set_grad_enabled(grad and i == len(sigmas) - 1):
-            x_gen = generator(x_t, sigma, labels)                                   # [B, 3, 32, 32]
+            x_gen = generator(x_t, sigma, labels)                                   # [B, 3, H, W]
     return x_gen

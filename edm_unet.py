@@ -202,7 +202,7 @@ class EDMUNet(Denoiser):
             sigma_data=sigma_data, img_resolution=img_resolution, model_type=model_type, embedding_type=embedding_type,
             encoder_type=encoder_type, channel_mult_noise=channel_mult_noise, resample_filter=taps,
         )
-        self.label_dim, self.sigma_data, self.img_resolution, self.adm = label_dim, sigma_data, img_resolution, adm
+        self.label_dim, self.sigma_data, self.image_size, self.adm = label_dim, sigma_data, img_resolution, adm
         emb, noise = model_channels * channel_mult_emb, model_channels * channel_mult_noise
 
         if adm:
@@ -298,4 +298,4 @@ class EDMUNet(Denoiser):
             if return_features and name.endswith("_in1"):
                 return [*skips[per_level - 1 :: per_level], h]
         out_norm, out_conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
-        return out_conv(F.silu(out_norm(h)))                                        # [B, 3, 32, 32]
+        return out_conv(F.silu(out_norm(h)))                                        # [B, 3, H, W]

@@ -2,7 +2,7 @@
 
     python evaluate.py                                                   # runs/dmd2 against its teacher's dataset
     python evaluate.py --checkpoint runs/teacher --num_steps 18
-    python evaluate.py --npz samples.npz --dataset cifar10               # arr_0 uint8 [N, 32, 32, 3]
+    python evaluate.py --npz samples.npz --dataset cifar10               # arr_0 uint8 [N, H, W, 3]
     python evaluate.py --images DIR --dataset folder --data_dir REAL
     python evaluate.py --feature_extractor features.pt2                  # distances in another network's features
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch_fidelity
 
+from model import IMAGE_SIZE
 from support import (
     checkpoint,
     data,
@@ -31,6 +32,7 @@ from support import (
     hardware,
     image_files,
     metrics,
+    networks,
     processes,
     records,
     resume,
@@ -52,10 +54,13 @@ def parse_args(argv=None):
     )
     source.add_argument(
         "--npz", type=flags.path,
-        help="images of arr_0, uint8 [N, 32, 32, 3], labels of arr_1 if there; default: the checkpoint's images",
+        help="images of arr_0, uint8 [N, H, W, 3], labels of arr_1 if there; default: the checkpoint's images",
     )
     source.add_argument(
         "--images", type=flags.path, help="a folder of images, however deep; default: the checkpoint's images"
+    )
+    flags.add_image_size(
+        parser, None, "height and width of the images of --npz, or to which those of --images are resized; default: 32"
     )
     real = parser.add_argument_group("real images, by default those of the checkpoint's training")
     flags.add_dataset(real, None, None, flip=False)
@@ -76,27 +81,30 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=flags.output(), default="runs/evaluation.json", help="the JSON")
     args = parser.parse_args(argv)
     if args.npz or args.images:
-        args.checkpoint = None
+        args.checkpoint, args.image_size = None, args.image_size or IMAGE_SIZE
         if args.repeats > 1:
             parser.error("--repeats needs a checkpoint: the images of --npz and --images are what they are")
         if args.dataset is None:
             parser.error("--npz and --images need --dataset, the real images to measure against")
     else:
+        if args.image_size:
+            parser.error("--image_size is for --npz and --images: a checkpoint has its own")
         args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     validation.check_features(args)
     return args
 
 
-def read_npz(path):
-    """Images uint8 [N, 3, 32, 32] and labels [N] or None of a file in the format of openai/guided-diffusion."""
+def read_npz(path, size):
+    """Images uint8 [N, 3, size, size] and labels [N] or None of a file in the format of openai/guided-diffusion."""
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise ValueError("it is a .npy, a single array: --npz takes a .npz, as np.savez(file, images) writes it")
         with file:
             images, labels = file["arr_0"], file.get("arr_1")
-        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-            raise ValueError(f"arr_0 is {images.dtype} {list(images.shape)}, not uint8 [N, 32, 32, 3]")
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+            wanted = f"uint8 [N, {size}, {size}, 3] (--image_size {size})"
+            raise ValueError(f"arr_0 is {images.dtype} {list(images.shape)}, not {wanted}")
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(f"arr_1 has shape {list(labels.shape)} for {len(images)} images")
         with np.errstate(invalid="ignore"):
@@ -117,12 +125,12 @@ def check_labels(path, labels, dataset):
         raise errors.UsageError(f"{path}: {found}, and the classes of --dataset are 0 to {last}; images alone will do")
 
 
-def read_images(folder):
-    """All images below a folder, by name: uint8 [N, 3, 32, 32]; larger ones are resized as those of a dataset are."""
+def read_images(folder, size):
+    """All images below a folder, by name: uint8 [N, 3, size, size]; others are resized as those of a dataset are."""
     paths, others = image_files.find(folder)
     if not paths:
         raise data.DataError(f"no images in {folder}")
-    images, notes = image_files.read(paths)
+    images, notes = image_files.read(paths, size)
     notes += [image_files.left_out(others)] if others else []
     if notes and processes.MAIN:
         print(f"note: {folder}: {', '.join(notes)}", file=sys.stderr)
@@ -137,7 +145,7 @@ def spread(values):
 def main(argv=None):
     args = parse_args(argv)
     device = hardware.start(args)
-    state, given = None, None
+    state, given, size = None, None, args.image_size
     if args.checkpoint:
         state = checkpoint.load(args.checkpoint)
         cfg = teachers.sampling_cfg(args, state, device)
@@ -145,9 +153,10 @@ def main(argv=None):
         # Now, as a run at work saves anew while its images are made.
         digest, guide_digest = (file and files.sha256(checkpoint.find(file)) for file in (args.checkpoint, guide))
         with resume.restoring(args.checkpoint):
+            size = networks.image_size(state["model_config"])
             sample = sampling.sampler(state, device, args.num_steps, cfg, args.temperature, args.compile)
     else:
-        given, labels = read_npz(args.npz) if args.npz else (read_images(args.images), None)
+        given, labels = read_npz(args.npz, size) if args.npz else (read_images(args.images, size), None)
         if len(given) < LEAST_IMAGES:
             raise errors.UsageError(f"{args.npz or args.images} has {len(given)} images: {LEAST_IMAGES} are the least")
     args.dataset, args.data_dir, _ = data.named(args, state)
@@ -156,7 +165,7 @@ def main(argv=None):
         raise errors.UsageError(f"the dataset has {len(dataset.images)} images: {LEAST_IMAGES} are the least")
     if not state:
         check_labels(args.npz, labels, dataset)
-    extractor = validation.extractor(args, device)
+    extractor = validation.extractor(args, size, device)
 
     start = time.perf_counter()
     real = processes.main_only(metrics.reference)(dataset.images, extractor, args.cache_dir)
@@ -164,13 +173,13 @@ def main(argv=None):
     if state and (args.compile or device.type == "cuda"):       # what the first batch compiles or loads is no speed
         with hardware.autocast(device, args.precision):
             warm = args.batch_size * processes.WORLD + args.num_images % args.batch_size      # the last is smaller
-            sampling.generate(sample, args.seed, torch.zeros(warm).long(), args.batch_size, device)
+            sampling.generate(sample, size, args.seed, torch.zeros(warm).long(), args.batch_size, device)
     for seed in range(args.seed, args.seed + args.repeats):
         if state:
             labels = torch.arange(args.num_images) % len(state["classes"])          # as many of each class
             began = time.perf_counter()
             with hardware.autocast(device, args.precision):
-                given = sampling.generate(sample, seed, labels, args.batch_size, device, bar=True)
+                given = sampling.generate(sample, size, seed, labels, args.batch_size, device, bar=True)
             making += time.perf_counter() - began
         known = labels if extractor.classes == dataset.classes else None
         values = processes.from_main(metrics.distances, given, known, real, extractor, args.neighbours)

@@ -35,7 +35,7 @@ class Fit(Phase):
         optimizer.zero_grad()
         for rng, z_k, labels_k, x_ode_k in zip(rngs, z.chunk(k), labels.chunk(k), x_ode.chunk(k), strict=True):
             with self.autocast():
-                x_gen = self.model.generate(z_k, labels_k, rng, num_steps=1)        # [B, 3, 32, 32]
+                x_gen = self.model.generate(z_k, labels_k, rng, num_steps=1)        # [B, 3, H, W]
             # L_fit = mean((G(z sigma_cond, sigma_cond, y) - x_ode)^2)
             loss = F.mse_loss(x_gen, x_ode_k)
             optimizer.backward(loss / k)

@@ -61,9 +61,9 @@ def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labe
     Args:
         guidance: a GuidanceModel: its real_unet gives the features, its diffusion_gan_noise the noised images.
         discriminator: a Discriminator of these features.
-        x_gen: generated images, float [B, 3, 32, 32], with a gradient to the generator.
+        x_gen: generated images, float [B, 3, H, W], with a gradient to the generator.
         labels: the classes they were generated for, [B].
-        x_real, real_labels: images of the dataset, float [B, 3, 32, 32] in [-1, 1], and their own classes, [B].
+        x_real, real_labels: images of the dataset, float [B, 3, H, W] in [-1, 1], and their own classes, [B].
         rng: StepRandom; None: one seeded by torch's global generator.
 
     Returns:
@@ -111,9 +111,9 @@ class GAN(Phase):
         optimizers["generator"].zero_grad()
         optimizers["discriminator"].zero_grad()
         for rng, x_real_k, real_labels_k in zip(rngs, x_real.chunk(k), real_labels.chunk(k), strict=True):
-            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, 32, 32], [B]
+            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, H, W], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
-                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, 32, 32]
+                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, H, W]
             real = data.random_flip(x_real_k, rng) if self.flip else x_real_k, real_labels_k
             with self.autocast():
                 losses, logits = compute_gan_losses(self.guidance, self.discriminator, x_gen, labels, *real, rng)

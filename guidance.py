@@ -105,11 +105,11 @@ class GuidanceModel(nn.Module):
         return diffusion.guided(self.real_unet, self.cfg_scale, self.cfg_interval, self.guide, self.autoguidance_scale)
 
     def sample_teacher(self, z, labels, num_steps):
-        """Images [B, 3, 32, 32] that the guided teacher's ODE makes of the noise z in num_steps Heun steps."""
+        """Images [B, 3, H, W] that the guided teacher's ODE makes of the noise z in num_steps Heun steps."""
         return diffusion.heun_sample(self.guided_teacher(), z, labels, num_steps, self.sigma_min, self.sigma_max)
 
     def add_noise(self, x, low, high, rng):
-        """x_t = x + sigma_t eps with t uniform in low .. high; returns x_t [B, 3, 32, 32] and sigma_t [B, 1, 1, 1]."""
+        """x_t = x + sigma_t eps with t uniform in low .. high; returns x_t [B, 3, H, W] and sigma_t [B, 1, 1, 1]."""
         sigma = self.sigmas[rng.integers(low, high, len(x), 1, 1, 1)]
         return x + sigma * rng.normal(*x.shape), sigma
 
@@ -117,18 +117,18 @@ class GuidanceModel(nn.Module):
         """Distribution matching loss (DMD2, section 3, equation 1; weighted as in DMD, arXiv 2311.18828, equation 8).
 
         Args:
-            x_gen: generated images, float [B, 3, 32, 32], with a gradient to the generator.
+            x_gen: generated images, float [B, 3, H, W], with a gradient to the generator.
             labels: the classes they were generated for, [B].
             rng: StepRandom; None: one seeded by torch's global generator.
 
         Returns:
-            the loss, a scalar whose gradient at x_gen is exactly grad / numel, and a dict with grad [B, 3, 32, 32].
+            the loss, a scalar whose gradient at x_gen is exactly grad / numel, and a dict with grad [B, 3, H, W].
         """
         rng = rng or fresh_random(x_gen.device)
         with torch.no_grad():
             x_t, sigma = self.add_noise(x_gen, self.min_step, self.max_step, rng)
             # grad = (p_real - p_fake) / mean|p_real|,    p = x_gen - denoised(x_t)
-            p_real = x_gen - self.guided_teacher()(x_t, sigma, labels)              # [B, 3, 32, 32]
+            p_real = x_gen - self.guided_teacher()(x_t, sigma, labels)              # [B, 3, H, W]
             p_fake = x_gen - self.fake_unet(x_t, sigma, labels)
             weight = p_real.abs().mean(dim=(1, 2, 3), keepdim=True)                 # [B, 1, 1, 1]
             grad = (p_real - p_fake) / (weight + 1e-6)                              # no 0/0 where p_real = 0
@@ -140,12 +140,12 @@ class GuidanceModel(nn.Module):
         """Denoising loss of fake_unet on generated images (DMD2, section 3; DMD, equation 6; with the Karras weight).
 
         Args:
-            x_gen: generated images, float [B, 3, 32, 32]; no gradient goes back to them.
+            x_gen: generated images, float [B, 3, H, W]; no gradient goes back to them.
             labels: the classes they were generated for, [B].
             rng: StepRandom; None: one seeded by torch's global generator.
 
         Returns:
-            the loss, a scalar, and a dict with fake_x0 [B, 3, 32, 32].
+            the loss, a scalar, and a dict with fake_x0 [B, 3, H, W].
         """
         rng = rng or fresh_random(x_gen.device)
         x_gen = x_gen.detach()
@@ -172,7 +172,7 @@ class GuidanceModel(nn.Module):
         """The generator's adversarial loss (DMD2, section 4.3, equation 4, in its non-saturating form).
 
         Args:
-            x_gen: generated images, float [B, 3, 32, 32], with a gradient to the generator.
+            x_gen: generated images, float [B, 3, H, W], with a gradient to the generator.
             labels: the classes they were generated for, [B].
             rng: StepRandom; None: one seeded by torch's global generator.
 
@@ -188,9 +188,9 @@ class GuidanceModel(nn.Module):
         """The classifier's loss (DMD2, section 4.3, equation 4), which trains fake_unet and cls_head.
 
         Args:
-            x_gen: generated images, float [B, 3, 32, 32]; no gradient goes back to them.
+            x_gen: generated images, float [B, 3, H, W]; no gradient goes back to them.
             labels: the classes they were generated for, [B].
-            x_real, real_labels: images of the dataset, float [B, 3, 32, 32] in [-1, 1], and their own classes, [B].
+            x_real, real_labels: images of the dataset, float [B, 3, H, W] in [-1, 1], and their own classes, [B].
             rng: StepRandom; None: one seeded by torch's global generator.
 
         Returns:
@@ -198,7 +198,7 @@ class GuidanceModel(nn.Module):
         """
         rng = rng or fresh_random(x_gen.device)
         noised = [self.diffusion_gan_noise(x, rng) for x in (x_gen.detach(), x_real)]
-        x_t, sigma = (torch.cat(pair) for pair in zip(*noised, strict=True))        # [2 B, 3, 32, 32], [2 B, 1, 1, 1]
+        x_t, sigma = (torch.cat(pair) for pair in zip(*noised, strict=True))        # [2 B, 3, H, W], [2 B, 1, 1, 1]
         fake, real = self.logits(x_t, sigma, torch.cat([labels, real_labels])).split([len(x_gen), len(x_real)])
         # L_cls = mean(softplus(D(x_gen + sigma_t eps))) + mean(softplus(-D(x_real + sigma_t eps)))
         loss = F.softplus(fake).mean() + F.softplus(-real).mean()

@@ -1,4 +1,4 @@
-"""SimpleUNet: a small denoiser for 32x32 RGB images that returns the clean image.
+"""SimpleUNet: a small denoiser of RGB images that returns the clean image.
 
     net = SimpleUNet(channels=64, label_dim=10)
     x0_hat = net(x_t, sigma, labels)
@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IMAGE_SIZE = 32
-LEVELS = 3
+IMAGE_SIZE = 32                                     # the default
 
 
 def group_norm(channels):
@@ -69,22 +68,22 @@ class Denoiser(nn.Module):
     """EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1) around a raw network.
 
     A subclass defines network(x, c_noise, labels, return_features), and sets sigma_data, label_dim, config (the
-    arguments to build it again), feature_channels (a list, the channels of each feature) and bottleneck_size (height
-    and width of the last feature, the bottleneck's). A network that predicts something else than table 1's F overrides
-    denoise, as VelocityDenoiser does.
+    arguments to build it again), image_size (height and width H), feature_channels (a list, the channels of each
+    feature) and bottleneck_size (height and width of the last feature, the bottleneck's). A network that predicts
+    something else than table 1's F overrides denoise, as VelocityDenoiser does.
     """
 
     def forward(self, x, sigma, labels, return_features=False):
         """Estimate the clean image from a noisy one.
 
         Args:
-            x: noisy images x_t = x_0 + sigma * eps, float [B, 3, 32, 32].
+            x: noisy images x_t = x_0 + sigma * eps, float [B, 3, H, W].
             sigma: standard deviation of the noise, > 0; a float, or a tensor of shape [], [B] or [B, 1, 1, 1].
             labels: class indices [B] (int64), -1 for no class.
             return_features: return the features of the way down instead, without running the way up.
 
         Returns:
-            x0_hat, float32 [B, 3, 32, 32]; or a list of features [B, C, H, W]: each level's, then the bottleneck's.
+            x0_hat, float32 [B, 3, H, W]; or a list of features [B, C, H, W]: each level's, then the bottleneck's.
 
         Raises:
             ValueError: sigma has neither one element nor one per image.
@@ -106,44 +105,51 @@ class Denoiser(nn.Module):
         c_in = 1 / (sigma**2 + sd**2).sqrt()
         c_noise = sigma.log() / 4
         f = self.network(c_in * x, c_noise.flatten(), labels, return_features)
-        return f if return_features else c_skip * x + c_out * f.float()             # [B, 3, 32, 32]
+        return f if return_features else c_skip * x + c_out * f.float()             # [B, 3, H, W]
 
 
 class VelocityDenoiser(Denoiser):
     """A denoiser around a network that predicts a flow's velocity (rectified flow, arXiv 2209.03003; flow matching).
 
     The flow's noisy image is y_t = (1 - t) x_0 + t eps, with t from 0, the data, to 1, the noise. A subclass defines
-    network(y, t, labels, return_features) -> v = eps - x_0, for y [B, 3, 32, 32] and t [B], and sets what a subclass of
+    network(y, t, labels, return_features) -> v = eps - x_0, for y [B, 3, H, W] and t [B], and sets what a subclass of
     Denoiser sets, except sigma_data. Where t = 1 is the data, it calls its network with 1 - t and returns -v.
     """
 
     def denoise(self, x, sigma, labels, return_features):
         # x = x_0 + sigma eps is (1 + sigma) y_t at t = sigma / (1 + sigma), and x0_hat = y_t - t v(y_t, t, label).
         t = sigma / (1 + sigma)                                                     # [B, 1, 1, 1]
-        y = x / (1 + sigma)                                                         # [B, 3, 32, 32]
+        y = x / (1 + sigma)                                                         # [B, 3, H, W]
         v = self.network(y, t.flatten(), labels, return_features)
-        return v if return_features else y - t * v.float()                          # [B, 3, 32, 32]
+        return v if return_features else y - t * v.float()                          # [B, 3, H, W]
 
 
 class SimpleUNet(Denoiser):
     """Class-conditional denoiser of three levels, with attention at the lowest resolution.
 
     Args:
-        channels: base width C, a multiple of 8; the three levels have 2C, 4C and 8C channels.
+        channels: base width C, a multiple of 8; the levels have 2C, 4C and 8C channels, a fourth one 8C too.
         label_dim: number of classes.
         blocks: residual blocks per level, on the way down and on the way up.
         sigma_data: standard deviation of the clean images, whose range is [-1, 1].
+        image_size: height and width H, a multiple of 8 from 16 to 128. No weight depends on it.
+        levels: how often the resolution is halved.
     """
 
-    def __init__(self, channels=64, label_dim=10, blocks=1, sigma_data=0.5):
+    def __init__(self, channels=64, label_dim=10, blocks=1, sigma_data=0.5, image_size=IMAGE_SIZE, levels=3):
         super().__init__()
         if channels < 8 or channels % 8:
             raise ValueError(f"channels must be a positive multiple of 8, got {channels}")
         if label_dim < 1 or blocks < 1:
             raise ValueError(f"label_dim and blocks must be at least 1, got {label_dim} and {blocks}")
-        self.config = dict(channels=channels, label_dim=label_dim, blocks=blocks, sigma_data=sigma_data)
-        self.label_dim, self.sigma_data = label_dim, sigma_data
-        width = [channels * 2**level for level in range(LEVELS + 1)]                # C, 2C, 4C, 8C
+        if not 16 <= image_size <= 128 or image_size % 8:
+            raise ValueError(f"image_size must be a multiple of 8 from 16 to 128, got {image_size}")
+        self.config = dict(
+            channels=channels, label_dim=label_dim, blocks=blocks, sigma_data=sigma_data, image_size=image_size,
+            levels=levels,
+        )
+        self.label_dim, self.sigma_data, self.image_size = label_dim, sigma_data, image_size
+        width = [channels * min(2**level, 8) for level in range(levels + 1)]        # C, 2C, 4C, 8C
         emb = 4 * channels
 
         # ln(sigma)/4 spans only [-1.6, 1.1]. Over that range the angles turn by 2.7 radians (lowest) to 27 full turns.
@@ -152,11 +158,11 @@ class SimpleUNet(Denoiser):
         self.sigma_embedding = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(label_dim, emb)
 
-        self.feature_channels, self.bottleneck_size = [*width[1:], width[-1]], IMAGE_SIZE // 2**LEVELS
+        self.feature_channels, self.bottleneck_size = [*width[1:], width[-1]], image_size // 2**levels
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
-        for level in range(1, LEVELS + 1):
+        for level in range(1, levels + 1):
             c_above, c = width[level - 1], width[level]
             self.down.append(
                 nn.ModuleList(ResBlock(c_above if i == 0 else c, c, emb) for i in range(blocks))
@@ -175,14 +181,14 @@ class SimpleUNet(Denoiser):
     def network(self, x, c_noise, labels, return_features=False):
         """The raw network F of table 1; arguments as in forward, x and sigma already preconditioned.
 
-        The features are [B, 2C, 16, 16], [B, 4C, 8, 8], [B, 8C, 4, 4] and, of the bottleneck, [B, 8C, 4, 4].
+        The features are [B, 2C, H/2, H/2], [B, 4C, H/4, H/4], [B, 8C, H/8, H/8] and the bottleneck, [B, 8C, H/8, H/8].
         """
         angles = c_noise[:, None] * self.freqs                                      # [B, C/2]
         emb = self.sigma_embedding(torch.cat([angles.cos(), angles.sin()], dim=1))  # [B, 4C]
         emb = emb + self.label_embedding(labels.clamp(min=0)) * (labels >= 0)[:, None]
         emb = F.silu(emb)
 
-        h = stem = self.stem(x)                                                     # [B, C, 32, 32]
+        h = stem = self.stem(x)                                                     # [B, C, H, H]
         skips = []
         for blocks in self.down:
             # Downsampling before a level's blocks gave the same loss per step as downsampling after them, in half the
@@ -190,14 +196,14 @@ class SimpleUNet(Denoiser):
             h = F.avg_pool2d(h, 2)
             for block in blocks:
                 h = block(h, emb)
-            skips.append(h)                                     # [B, 2C, 16, 16], [B, 4C, 8, 8], [B, 8C, 4, 4]
-        h = self.middle[1](self.attention(self.middle[0](h, emb)), emb)             # [B, 8C, 4, 4]
+            skips.append(h)                         # [B, 2C, H/2, H/2], [B, 4C, H/4, H/4], [B, 8C, H/8, H/8]
+        h = self.middle[1](self.attention(self.middle[0](h, emb)), emb)             # [B, 8C, H/8, H/8]
         if return_features:
             return [*skips, h]
         for blocks in reversed(self.up):
             h = torch.cat([h, skips.pop()], dim=1)
             for block in blocks:
                 h = block(h, emb)
-            h = F.interpolate(h, scale_factor=2, mode="nearest")                    # to 8x8, 16x16, 32x32
-        h = self.out_block(torch.cat([h, stem], dim=1), emb)                             # [B, C, 32, 32]
-        return self.out_conv(F.silu(self.out_norm(h)))                              # [B, 3, 32, 32]
+            h = F.interpolate(h, scale_factor=2, mode="nearest")                    # to H/4, H/2, H
+        h = self.out_block(torch.cat([h, stem], dim=1), emb)                        # [B, C, H, H]
+        return self.out_conv(F.silu(self.out_norm(h)))                              # [B, 3, H, W]

@@ -25,7 +25,19 @@ from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from support import checkpoint, errors, files, flags, hardware, pictures, processes, resume, sampling, teachers
+from support import (
+    checkpoint,
+    errors,
+    files,
+    flags,
+    hardware,
+    networks,
+    pictures,
+    processes,
+    resume,
+    sampling,
+    teachers,
+)
 from support.data import to_float
 from support.image_files import few
 
@@ -47,7 +59,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--npz", type=flags.output(),
-        help="also all images: arr_0 uint8 [N, 32, 32, 3], arr_1 labels [N]; default: none",
+        help="also all images: arr_0 uint8 [N, H, W, 3], arr_1 labels [N]; default: none",
     )
     parser.add_argument(
         "--images", type=flags.output("folder", new=True),
@@ -79,7 +91,7 @@ def class_indices(names, classes):
 
 @processes.main_only
 def write_images(folder, images, names):
-    """Write images, uint8 [N, 3, 32, 32], as folder/<name>_<index>.png."""
+    """Write images, uint8 [N, 3, H, W], as folder/<name>_<index>.png."""
     prefixes = {name: files.portable(f"{name}_") for name in names}
     changed = [f"{name} as {prefix[:-1]}" for name, prefix in prefixes.items() if prefix != f"{name}_"]
     if changed:
@@ -97,11 +109,12 @@ def main(argv=None):
     rows = class_indices(args.labels or state["classes"], state["classes"])
     labels = torch.tensor(rows)[torch.arange(args.num_images) % len(rows)]          # [N]
     with resume.restoring(args.checkpoint):
+        size = networks.image_size(state["model_config"])
         sample = sampling.sampler(state, device, args.num_steps, cfg, args.temperature, args.compile)
 
     def generate(labels, **how):
         with hardware.autocast(device, args.precision):
-            return sampling.generate(sample, args.seed, labels, args.batch_size, device, **how)
+            return sampling.generate(sample, size, args.seed, labels, args.batch_size, device, **how)
 
     shown = torch.arange(min(len(labels), GRID_IMAGES))
     shown = shown[shown % len(rows) < GRID_ROWS]                    # of the first images those of the first rows

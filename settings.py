@@ -11,7 +11,7 @@ import presets
 from support import flags, resume, teachers
 
 # Flags that must not change when a run is resumed.
-TEACHER_FIXED = ("dataset", "channels", "blocks", "seed", "optimizer")
+TEACHER_FIXED = ("dataset", "image_size", "channels", "blocks", "seed", "optimizer")
 STUDENT_FIXED = ("teacher", "guide", "dataset", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
                  "fit_steps", "gan_steps")
 
@@ -32,8 +32,10 @@ def parse_teacher(argv=None):
     schedule = "of the Karras schedule; images span [-1, 1]"
     add("--sigma_min", type=flags.noise, default=diffusion.SIGMA_MIN, help=f"lowest noise {schedule}")
     add("--sigma_max", type=flags.noise, default=diffusion.SIGMA_MAX, help=f"highest noise {schedule}")
-    add = parser.add_argument_group("the network").add_argument
-    add("--channels", type=flags.number(int, 8), default=64, help="base width, a multiple of 8")
+    network = parser.add_argument_group("the network")
+    add = network.add_argument
+    flags.add_image_size(network)
+    flags.add_channels(network)
     add("--blocks", type=flags.count, default=1, help="residual blocks per level")
     add("--init", type=flags.path, help="a teacher to start from; classes that it does not know start at random; "
         "default: none")
@@ -45,8 +47,6 @@ def parse_teacher(argv=None):
     args, state = resume.parse(parser, "teacher", presets.TEACHER, choose_teacher_preset, argv, TEACHER_FIXED)
     if args.init and not state:
         teachers.take_shape(args)
-    if args.channels % 8:
-        parser.error(f"--channels {args.channels} is not a multiple of 8")
     if args.sigma_min >= args.sigma_max:
         parser.error(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
     return args, state

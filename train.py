@@ -65,9 +65,9 @@ class DMD2(Phase):
         # --- generator turn ------------------------------------------------------------------------------------------
         optimizers["generator"].zero_grad()
         for rng in rngs:
-            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, 32, 32], [B]
+            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, H, W], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
-                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, 32, 32]
+                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, H, W]
             generated.append((x_gen.detach(), labels))
             if trains_generator:
                 with self.autocast():
@@ -85,7 +85,7 @@ class DMD2(Phase):
         real = zip(x_real.chunk(k), real_labels.chunk(k), strict=True) if self.needs_images else [()] * k
         for rng, (x_gen, labels), real_k in zip(rngs, generated, real, strict=True):
             if real_k and self.flip:
-                real_k = data.random_flip(real_k[0], rng), real_k[1]                # [B, 3, 32, 32], [B]
+                real_k = data.random_flip(real_k[0], rng), real_k[1]                # [B, 3, H, W], [B]
             with self.autocast():
                 losses, logits = self.model.guidance_turn(x_gen, labels, rng, *real_k)
             loss = losses["loss_fake"] + self.cls_loss_weight * losses.get("cls_loss", 0)
@@ -140,12 +140,13 @@ def ode_pairs(args, model, num_classes, device):
         with hardware.autocast(device, args.precision):
             return model.guidance_model.sample_teacher(z, labels, num_steps=9)
 
-    return Pairs(sample, args.ode_pairs, num_classes, args.batch_size, args.seed, device, mirrored=args.flip)
+    size = model.shape[-1]
+    return Pairs(sample, size, args.ode_pairs, num_classes, args.batch_size, args.seed, device, mirrored=args.flip)
 
 
 def grids(args, run, model, sample, num_classes, device):
     """A function that draws the run's grids: teacher and student from the same noise, and the DM gradient there."""
-    rows, labels, noise = pictures.grid_inputs(args.seed, num_classes, device)
+    rows, labels, noise = pictures.grid_inputs(args.seed, num_classes, model.shape[-1], device)
     guidance = model.guidance_model
     with hardware.autocast(device, args.precision):
         teacher_images = guidance.sample_teacher(noise(0), labels, num_steps=18)
@@ -231,7 +232,7 @@ def main(argv=None):
     for step in run.steps():
         phase, i = current(phases, step)
         rngs = [StepRandom(args.seed, step, device, *share) for share in processes.shares(args.accumulate)]
-        real = batches(step, *processes.SHARE) if phase.needs_images else ()        # [B, 3, 32, 32], [B]
+        real = batches(step, *processes.SHARE) if phase.needs_images else ()        # [B, 3, H, W], [B]
         run.count(**phase.step(i, rngs, *real))
         run.keep(draw_grids)
 

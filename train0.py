@@ -50,13 +50,13 @@ class Denoising:
         self.train_step = self.record(self.train_step)
 
     def train_step(self, rngs, images, classes, factor):
-        """A step on images [B, 3, 32, 32] in [-1, 1], at factor times the peak learning rate. Returns the log.
+        """A step on images [B, 3, H, W] in [-1, 1], at factor times the peak learning rate. Returns the log.
 
         rngs has one StepRandom per microbatch.
         """
         log, k = {}, len(rngs)
         self.optimizer.zero_grad()
-        for rng, x_0, labels in zip(rngs, images.chunk(k), classes.chunk(k), strict=True):      # [B, 3, 32, 32], [B]
+        for rng, x_0, labels in zip(rngs, images.chunk(k), classes.chunk(k), strict=True):      # [B, 3, H, W], [B]
             n = len(x_0)
             if self.flip:
                 x_0 = data.random_flip(x_0, rng)
@@ -85,7 +85,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     # --- network, EMA, optimizer -------------------------------------------------------------------------------------
-    net = SimpleUNet(args.channels, len(dataset.classes), args.blocks)
+    net = SimpleUNet(args.channels, len(dataset.classes), args.blocks, image_size=args.image_size)
     if args.init and not state:
         teachers.begin_from(args.init, net, dataset.classes)
     net = net.to(device, memory_format=torch.channels_last)
@@ -118,7 +118,7 @@ def main(argv=None):
     run = Run(args, state, device, stateful, describe, sample, validation.from_flags(args, dataset, device))
     del state                                       # several times the size of the network
     guide = run.path / checkpoint.GUIDE
-    rows, grid_labels, noise = pictures.grid_inputs(args.seed, len(dataset.classes), device)
+    rows, grid_labels, noise = pictures.grid_inputs(args.seed, len(dataset.classes), args.image_size, device)
     grid_z = noise(0)
 
     def draw():

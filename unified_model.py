@@ -24,26 +24,25 @@ class UnifiedModel(nn.Module):
         conditioning_sigma: noise level sigma_cond that the generator starts from.
         num_denoising_steps: evaluations per image, at the levels of diffusion.denoising_sigmas.
         sigma_min: lowest noise of the Karras schedule.
-        shape: of one image.
+        shape: of one image; None: that of the teacher's.
         guidance: further arguments of GuidanceModel.
     """
 
     def __init__(
-        self, teacher, conditioning_sigma=SIGMA_MAX, num_denoising_steps=1, sigma_min=SIGMA_MIN, shape=(3, 32, 32),
-        **guidance,
+        self, teacher, conditioning_sigma=SIGMA_MAX, num_denoising_steps=1, sigma_min=SIGMA_MIN, shape=None, **guidance,
     ):
         super().__init__()
-        self.shape = shape
+        self.shape = shape or (3, teacher.image_size, teacher.image_size)
         self.denoising_sigmas = denoising_sigmas(conditioning_sigma, num_denoising_steps, sigma_min)
         self.feedforward_model = copy.deepcopy(teacher).train().requires_grad_(True)
         self.guidance_model = GuidanceModel(teacher, sigma_min=sigma_min, **guidance)
 
     def random_inputs(self, n, num_classes, rng):
-        """What the generator starts from: z ~ N(0, I), float [n, 3, 32, 32], and classes y, uniform, [n]."""
+        """What the generator starts from: z ~ N(0, I), float [n, 3, H, W], and classes y, uniform, [n]."""
         return rng.normal(n, *self.shape).to(memory_format=torch.channels_last), rng.integers(0, num_classes - 1, n)
 
     def generate(self, z, labels, rng=None, num_steps=None):
-        """Generated images to train on; z and the result are [B, 3, 32, 32], labels [B].
+        """Generated images to train on; z and the result are [B, 3, H, W], labels [B].
 
         One step: x_gen = G(z sigma_cond, sigma_cond, y). With several, the generator's image after num_steps of them,
         where None draws 1 .. num_denoising_steps from rng: so each step is trained on the inputs that it gets when
@@ -65,7 +64,7 @@ class UnifiedModel(nn.Module):
     def guidance_turn(self, x_gen, labels, rng=None, x_real=None, real_labels=None):
         """The losses of fake_unet and cls_head, and the mean logits: two dicts. x_gen gets no gradient.
 
-        x_real [B, 3, 32, 32] and real_labels [B] are needed where there is a classifier head.
+        x_real [B, 3, H, W] and real_labels [B] are needed where there is a classifier head.
         """
         guidance = self.guidance_model
         losses, log = {}, {}

@@ -18,9 +18,9 @@ MEMBERS = re.compile(
 )
 
 
-def save(net, path, classes=None):
-    """Export a network that takes images, uint8 [N, 3, 32, 32], for metrics.exported; with its class names, if any."""
-    example, batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.export.Dim("batch", min=1)
+def save(net, path, size, classes=None):
+    """Export a network of images, uint8 [N, 3, size, size], for metrics.exported; with its class names, if any."""
+    example, batch = torch.zeros(4, 3, size, size, dtype=torch.uint8), torch.export.Dim("batch", min=1)
     net = net.cpu().eval().to(memory_format=torch.contiguous_format)        # the save warns about other formats
     program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:                # stack traces hold the paths of this machine

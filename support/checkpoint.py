@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from model import IMAGE_SIZE
 from support import edm_pickle, files, networks, processes
 from support.errors import UsageError
 
@@ -122,7 +121,7 @@ def load(path, kind=None):
         kind: "teacher" or "student" where only one of them will do.
 
     Raises:
-        CheckpointError: there is none, it is damaged, of another kind or of images of another size.
+        CheckpointError: there is none, it is damaged, or of another kind.
     """
     file = find(path)
     if file is None:
@@ -143,9 +142,6 @@ def load(path, kind=None):
         raise CheckpointError(f"{file} is incomplete")
     if not consistent(state):
         raise CheckpointError(f"{file} contradicts itself: its classes, noise levels or step are not what they can be")
-    size = state["model_config"].get("img_resolution", IMAGE_SIZE)
-    if size != IMAGE_SIZE:
-        raise CheckpointError(f"{file} is of {size}x{size} images; this version makes {IMAGE_SIZE}x{IMAGE_SIZE}")
     if kind and state["kind"] != kind:
         raise CheckpointError(f"{file} holds a {state['kind']}, but a {kind} is needed")
     return state

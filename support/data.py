@@ -4,7 +4,8 @@
     batches = Batches(dataset, batch_size=128, seed=0, device=device)
     images, labels = batches(step)
 
-A whole 32x32 dataset is small (CIFAR-10: 150 MB as uint8), so it lives on the device and needs no loader workers.
+A whole dataset of small images is small (CIFAR-10: 150 MB as uint8; 100,000 images of 64x64: 1.2 GB), so it lives on
+the device and needs no loader workers.
 """
 
 import contextlib
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 
-from support import image_cache, image_files, processes, shapes
+from support import image_cache, image_files, networks, pixels, processes, shapes
 from support.errors import UsageError
 from support.image_files import DataError, few, number
 
@@ -31,7 +33,7 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 
 @dataclass
 class Dataset:
-    images: torch.Tensor                            # uint8 [N, 3, 32, 32] RGB
+    images: torch.Tensor                            # uint8 [N, 3, size, size] RGB
     labels: torch.Tensor                            # int64 [N]
     classes: list                                   # class names, in label order
     left_out: list = field(default_factory=list)    # paths of the files and folders that were skipped
@@ -51,7 +53,7 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load(name, data_dir="data", split="train", cache_dir=None):
+def load(name, data_dir="data", split="train", cache_dir=None, size=32):
     """Read a dataset into memory.
 
     Args:
@@ -59,6 +61,7 @@ def load(name, data_dir="data", split="train", cache_dir=None):
             data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find), or "shapes" (drawn).
         split: "train" or "test".
         cache_dir: where a large folder's images are kept, for the next time; None: nowhere.
+        size: height and width of the images, in pixels.
 
     Raises:
         DataError: the dataset is not there, its classes are ambiguous, or a file of it cannot be read.
@@ -67,12 +70,14 @@ def load(name, data_dir="data", split="train", cache_dir=None):
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if name == "shapes":
         # Seeds 0 and 1 are the two splits; any other seed is a fresh sample.
-        images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1)
+        images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1, size=size)
         return Dataset(torch.from_numpy(images), torch.from_numpy(labels), list(shapes.CLASSES))
-    return load_cifar10(Path(data_dir), split) if name == "cifar10" else load_folder(Path(data_dir), split, cache_dir)
+    if name == "cifar10":
+        return load_cifar10(Path(data_dir), split, size)
+    return load_folder(Path(data_dir), split, cache_dir, size)
 
 
-def load_cifar10(root, split):
+def load_cifar10(root, split, size=32):
     absent = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         cifar = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
@@ -88,11 +93,26 @@ def load_cifar10(root, split):
             f"downloaded ({reason}); either put a whole {archive.name} into {root}, or train on other images: "
             "--dataset folder --data_dir DIR, or --dataset shapes"
         ) from error
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()          # [N, 3, 32, 32]
-    return Dataset(images, torch.tensor(cifar.targets), cifar.classes)
+    return Dataset(fitted(cifar.data, size), torch.tensor(cifar.targets), cifar.classes)
 
 
-def load_folder(root, split, cache_dir=None):
+def fitted(images, size):
+    """Images, uint8 [N, H, W, 3], as a tensor [N, 3, size, size], resized as those of folders are where they differ."""
+    if images.shape[1:3] == (size, size):
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    found = np.empty((len(images), 3, size, size), np.uint8)
+
+    def fit(rows):
+        for i in rows:
+            image = pixels.centre(pixels.resized(Image.fromarray(images[i]), size), size)
+            found[i] = np.asarray(image).transpose(2, 0, 1)
+        return []
+
+    image_files.parallel(fit, range(len(images)))
+    return torch.from_numpy(found)
+
+
+def load_folder(root, split, cache_dir=None, size=32):
     root, data_dir = split_folder(root, split), root
     folders = class_folders(root)
     loose = sorted({*root.iterdir()} - {*folders})
@@ -106,7 +126,8 @@ def load_folder(root, split, cache_dir=None):
     if empty:
         raise DataError(f"no images in class folder {few(empty)} of {root}, or only such as another class has")
     paths = [path for images, _ in found for path in images]
-    images, notes = image_cache.read(paths, root, cache_dir) if cache_dir else image_files.read(paths)
+    read = (image_cache.read, paths, root, cache_dir) if cache_dir else (image_files.read, paths)
+    images, notes = read[0](*read[1:], size)
     labels = torch.cat([torch.full((len(some),), label) for label, (some, _) in enumerate(found)])
     notes = [f"in {root}", *notes] if root != data_dir else notes
     inner = [folder.name for folder in class_folders(folders[0])]
@@ -177,7 +198,7 @@ def to_uint8(images):
 
 
 def random_flip(images, rng):
-    """Mirror each image [B, 3, 32, 32] with probability 1/2."""
+    """Mirror each image [B, 3, H, W] with probability 1/2."""
     return torch.where(rng.uniform(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
 
 
@@ -214,7 +235,7 @@ class Batches:
         return self.orders[epoch]
 
     def __call__(self, step, rank=0, world=1):
-        """A share of a step's batch: images, float32 [B / world, 3, 32, 32] in [-1, 1]; labels, int64 [B / world]."""
+        """A share of a step's batch: images, float32 [B / world, 3, H, W] in [-1, 1]; labels, int64 [B / world]."""
         self.step = step + 1
         position, end, rows = self.place(step), self.place(step + 1), []
         while position < end:
@@ -249,7 +270,8 @@ def from_flags(args, state=None, split="train"):
     dataset, data_dir, _ = named(args, state)
     if dataset is None:
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
-    loaded = processes.first_of_host(load, dataset, data_dir, split, getattr(args, "cache_dir", None))
+    size = networks.image_size(state["model_config"]) if state else args.image_size
+    loaded = processes.first_of_host(load, dataset, data_dir, split, getattr(args, "cache_dir", None), size)
     if state and not state["model_config"]["label_dim"]:        # an unconditional network: no image has a class
         loaded = replace(loaded, labels=torch.zeros_like(loaded.labels), classes=state["classes"])
     if state and loaded.classes != state["classes"]:

@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 
+from model import IMAGE_SIZE
 from support.data import DATASETS
 from support.errors import UsageError
 
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def number(kind, low, high=math.inf, open_low=False):
+def number(kind, low, high=math.inf, open_low=False, multiple_of=None):
     """An argparse type: an int or float in [low, high], or (low, high]; NaN and infinity are refused."""
     high = min(high, 10**12) if kind is int else high
 
@@ -56,6 +57,8 @@ def number(kind, low, high=math.inf, open_low=False):
         if not inside or value == math.inf:
             limit = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}{limit}")
+        if multiple_of and value % multiple_of:
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple_of}")
         return value
 
     parse.__name__ = kind.__name__                  # argparse names it in "invalid int value"
@@ -127,6 +130,19 @@ def add_common(parser, compile=False):
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=compile,
         help="torch.compile: slower to start, then faster" + ("; default: on CUDA" if compile is None else ""),
+    )
+
+
+def add_image_size(parser, default=IMAGE_SIZE, help=None):
+    parser.add_argument(
+        "--image_size", type=number(int, 16, 128, multiple_of=8), default=default,
+        help=help or "height and width of the images, a multiple of 8 from 16 to 128",
+    )
+
+
+def add_channels(parser):
+    parser.add_argument(
+        "--channels", type=number(int, 8, multiple_of=8), default=64, help="base width of the network, a multiple of 8"
     )
 
 
@@ -245,7 +261,7 @@ def add_cfg(parser, whose):
 def add_features(parser):
     """Flags of the scripts that measure images."""
     parser.add_argument(
-        "--feature_extractor", type=path, help="a network saved by torch.export, uint8 [N, 3, 32, 32] -> features or "
+        "--feature_extractor", type=path, help="a network saved by torch.export, uint8 [N, 3, H, W] -> features or "
         "(features, logits); it is a program, so take it from people you trust. Default: Inception, downloaded once",
     )
     parser.add_argument(
@@ -253,5 +269,5 @@ def add_features(parser):
     )
     parser.add_argument(
         "--cache_dir", type=path, default="~/.cache/dmd2",
-        help="keeps the features of datasets, and the 32x32 images of folders that take more than a second to read"
+        help="keeps the features of datasets, and the resized images of folders that take more than a second to read"
     )

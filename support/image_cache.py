@@ -1,6 +1,6 @@
 """What was read of a folder of images, kept on disk while its files stay as they are.
 
-    images, notes = read(paths, "photos", "~/.cache/dmd2")
+    images, notes = read(paths, "photos", "~/.cache/dmd2", size=64)
 """
 
 import hashlib
@@ -20,20 +20,20 @@ WORTH_KEEPING = 1.0                                 # seconds that it took to re
 SETTLED = 2.0                                       # seconds: the coarsest clock of file systems, that of FAT
 
 
-def read(paths, root, cache_dir):
-    """image_files.read(paths) of files below root, from cache_dir if that has them as they are now.
+def read(paths, root, cache_dir, size=32):
+    """image_files.read(paths, size) of files below root, from cache_dir if that has them as they are now.
 
-    There is one file per root; it is written only if reading took more than a second. A file that cannot be read, or
-    has other contents, is made anew. Of several processes only the main one writes.
+    There is one file per root and size; it is written only if reading took more than a second. A file that cannot be
+    read, or has other contents, is made anew. Of several processes only the main one writes.
 
     Raises:
         DataError: as image_files.read.
     """
     try:
         root = os.path.realpath(root)
-        cache = Path(cache_dir).expanduser() / f"images-{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
+        cache = Path(cache_dir).expanduser() / f"images{size}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
     except RuntimeError as error:                   # this user has no home
-        return not_kept(cache_dir, error) or image_files.read(paths)
+        return not_kept(cache_dir, error) or image_files.read(paths, size)
     key, changed = state_of(paths)
     try:
         with np.load(cache, allow_pickle=False) as kept:
@@ -43,7 +43,7 @@ def read(paths, root, cache_dir):
     except Exception:                               # not there yet, or damaged
         pass
     began, clock = time.perf_counter(), time.time()
-    images, notes = image_files.read(paths)
+    images, notes = image_files.read(paths, size)
     # The key is of before the reading, so later changes show, except within the same tick of the file system's clock.
     if time.perf_counter() - began > WORTH_KEEPING and changed < clock - SETTLED:
         arrays = dict(key=key, notes=json.dumps(notes), images=images.numpy())

@@ -1,7 +1,7 @@
-"""Find the image files in a folder, and read them, of any format, as 32x32 RGB images.
+"""Find the image files in a folder, and read them, of any format, as RGB images of one size.
 
     images, others = find("photos")          # paths: what Pillow reads, and the rest
-    pixels, notes = read(images)             # uint8 [N, 3, 32, 32]; what was done to their colours
+    pixels, notes = read(images, size=64)    # uint8 [N, 3, 64, 64]; what was done to their colours
 """
 
 import os
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from model import IMAGE_SIZE
 from support import pixels, processes
 from support.errors import UsageError
 
@@ -90,8 +89,8 @@ def left_out(paths):
     return ", ".join(words)
 
 
-def read(paths):
-    """The images, uint8 [N, 3, 32, 32] RGB, and a list of what was done to their colours: ["3 scaled by ...", ...].
+def read(paths, size=32):
+    """The images, uint8 [N, 3, size, size] RGB, and a list of what was done to their colours: ["3 scaled by ...", ...].
 
     The order is that of the paths. Threads decode on all cores, as decoders release the interpreter lock. They make
     photographs faster, not PNGs of 32x32; on two cores, processes gained less there than they took to start.
@@ -102,14 +101,14 @@ def read(paths):
     Raises:
         DataError: some cannot be read; it names the first few, and says how many.
     """
-    images = np.empty((len(paths), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    images = np.empty((len(paths), 3, size, size), np.uint8)
     depths, failed, notes = {}, {}, [()] * len(paths)
 
     def attempt(rows):
         unknown = []
         for i in rows:
             try:
-                found = pixels.decode(paths[i], depths)
+                found = pixels.decode(paths[i], size, depths)
             except Exception as error:              # each of Pillow's readers has its own ways to fail
                 failed[i] = f"cannot read image {paths[i]}: {error}"
             else:

@@ -1,6 +1,6 @@
 """Distances of images to a dataset: torch-fidelity's metrics, in the features of Inception or of a given network.
 
-    extractor = inception(device)                    # or exported("features.pt2", device)
+    extractor = inception(device)                    # or exported("features.pt2", 32, device)
     real = reference(images, extractor, cache_dir)   # features of a dataset, cached on disk by content
     values = distances(generated, labels, real, extractor)                  # dict: fid, kid, precision, recall, ...
 """
@@ -37,7 +37,7 @@ class Extractor:
     Args:
         name: what the Frechet distance in these features is called: "FID" for Inception, else "FD".
         identity: a string that tells these features from others, for the cache.
-        network: uint8 [N, 3, 32, 32] -> (features [N, D], logits [N, K] or None).
+        network: uint8 [N, 3, H, W] -> (features [N, D], logits [N, K] or None).
         classes: the names of the K classes, None where they are not known.
     """
 
@@ -46,7 +46,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images, batch_size=250):
-        """uint8 [N, 3, 32, 32] -> features float32 [N, D] and logits [N, K] or None, on the CPU."""
+        """uint8 [N, 3, H, W] -> features float32 [N, D] and logits [N, K] or None, on the CPU."""
         with hardware.full_float32(self.device):     # during training too, as for the cached reference
             parts = [self.network(batch.to(self.device)) for batch in images.split(batch_size)]
         features = torch.cat([features.float().cpu() for features, _ in parts])
@@ -83,14 +83,17 @@ def inception(device, path=None):
     return Extractor("FID", INCEPTION, network, device)
 
 
-def exported(path, device):
-    """A feature network saved by torch.export: uint8 [N, 3, 32, 32] -> features [N, D], or (features, logits [N, K]).
+def exported(path, size, device):
+    """A feature network saved by torch.export: uint8 [N, 3, H, W] -> features [N, D], or (features, logits [N, K]).
+
+    Args:
+        size: height and width H = W of the images.
 
     Such a file is a program: take it from people you trust. Files with pickled objects inside are refused. The
     names of its classes are those in the member archive.CLASSES, if there is one.
 
     Raises:
-        MetricsError: the file is missing, is not such a program, or has other inputs or outputs.
+        MetricsError: the file is missing, is not such a program, is for images of another size, or has other outputs.
     """
     try:
         content = Path(path).read_bytes()
@@ -98,9 +101,14 @@ def exported(path, device):
         extra = {archive.CLASSES: "null"}
         program = torch.export.load(archive.without_pickles(content), extra_files=extra)
         classes = json.loads(extra[archive.CLASSES])
+        takes = tuple(program.example_inputs[0][0].shape[1:])
         program = move_to_device_pass(program, torch.empty(0, device=device).device).module()
         for n in 4, 5:                              # two sizes: an N that was fixed at export fails here
-            out = program(torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=device))
+            try:
+                out = program(torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device))
+            except Exception as error:
+                reason = f"it takes images {list(takes)}, not {[3, size, size]}"
+                raise (error if takes == (3, size, size) else ValueError(reason)) from None
             features, logits = out if isinstance(out, tuple | list) else (out, None)
             if features.ndim != 2 or len(features) != n or (logits is not None and logits.ndim != 2):
                 raise ValueError("it does not give features [N, D] or (features, logits [N, K])")
@@ -127,7 +135,7 @@ def summary(features):
 
 
 def reference(images, extractor, cache_dir):
-    """summary() of a dataset's images, uint8 [N, 3, 32, 32], read from cache_dir if it was kept there."""
+    """summary() of a dataset's images, uint8 [N, 3, H, W], read from cache_dir if it was kept there."""
     digest = hashlib.sha256(f"all features, {extractor.identity}".encode())          # older caches held only a subset
     digest.update(images.contiguous().numpy())
     try:
@@ -152,7 +160,7 @@ def distances(images, labels, real, extractor, neighbours=None):
     """Metrics of generated images against a reference.
 
     Args:
-        images: uint8 [N, 3, 32, 32].
+        images: uint8 [N, 3, H, W].
         labels: the classes they were generated for, [N], indices of extractor.classes; None if it has other classes.
         real: the dataset's summary().
         neighbours: how many images of each set precision and recall use (their time is quadratic in it); None: all.

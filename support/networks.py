@@ -24,6 +24,12 @@ def rebuild(config):
     return NETWORKS[name](**arguments)
 
 
+def image_size(config):
+    """The height and width of the images of the network that described() described."""
+    with torch.device("meta"):
+        return rebuild(config).image_size
+
+
 def averaged(state, device="cpu"):
     """The EMA network of a loaded checkpoint: frozen, in evaluation mode, channels_last."""
     net = rebuild(state["model_config"])

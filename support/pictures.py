@@ -11,13 +11,13 @@ MAX_ROWS = 16                                       # classes shown in the grids
 
 
 def class_grid(images, rows):
-    """A picture, float [3, H, W] in [0, 1], of images [N, 3, 32, 32] in [-1, 1]; row r shows images r, r + rows, ...
+    """A picture, float [3, H, W] in [0, 1], of images [N, 3, H, W] in [-1, 1]; row r shows images r, r + rows, ...
 
     Raises NonFiniteError where an image holds NaN or infinity.
     """
     refuse(not_finite(images))
     blank = -torch.ones(-len(images) % rows, *images.shape[1:])
-    images = torch.cat([images.cpu().float(), blank])                               # [rows * columns, 3, 32, 32]
+    images = torch.cat([images.cpu().float(), blank])                               # [rows * columns, 3, H, W]
     columns = len(images) // rows
     images = images.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
     return make_grid(to_uint8(images).float() / 255, nrow=columns, padding=2, pad_value=0.5)
@@ -29,8 +29,8 @@ def side_by_side(*pictures):
     return torch.cat([part for picture in pictures for part in (gap, picture)][1:], dim=2)
 
 
-def grid_inputs(seed, num_classes, device):
-    """What the grids of a run show: their rows, the labels [N] of 8 images each, and draw -> noise [N, 3, 32, 32]."""
+def grid_inputs(seed, num_classes, size, device):
+    """What the grids of a run show: rows, the labels [N] of 8 images each, and draw -> noise [N, 3, size, size]."""
     rows = min(num_classes, MAX_ROWS)
     labels = torch.arange(8 * rows, device=device) % rows
-    return rows, labels, lambda draw: image_noise(seed, range(8 * rows), draw).to(device)
+    return rows, labels, lambda draw: image_noise(seed, range(8 * rows), size, draw).to(device)

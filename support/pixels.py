@@ -1,6 +1,6 @@
-"""One image file, of any of Pillow's formats, as 32x32 pixels of sRGB.
+"""One image file, of any of Pillow's formats, as a square of sRGB pixels.
 
-    found = decode("photo.jpg")              # found.pixels: uint8 [32, 32, 3]
+    found = decode("photo.jpg", size=64)     # found.pixels: uint8 [64, 64, 3]
 """
 
 import io
@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
-
-from model import IMAGE_SIZE
 
 Image.init()                                        # registers all of Pillow's formats, not only common ones
 # Not all formats that Pillow knows: some it only writes, some need another program, and an EPS file is a program.
@@ -30,8 +28,8 @@ def chunk_sbit(stream, position, length):
 
 
 PngImagePlugin.PngStream.chunk_sBIT = chunk_sbit
-# A JPEG whose sides are at least this long is decoded at an eighth of its size: each pixel the mean of 8x8.
-DRAFT_FROM = 8 * 3 * IMAGE_SIZE
+# A JPEG whose sides are at least so many times the size asked for is decoded at an eighth: each pixel the mean of 8x8.
+DRAFT_FROM = 8 * 3
 # EXIF orientation: the operation that turns the image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,13 +45,13 @@ DEPTHS = (8, 10, 12, 14, 16, 24)
 
 
 class Decoded(NamedTuple):
-    pixels: np.ndarray                              # uint8 [32, 32, 3]
+    pixels: np.ndarray                              # uint8 [size, size, 3]
     notes: tuple = ()                               # what was done to the colours, to complete "3 images ..."
     unknown: tuple | None = None                    # (bits per value, largest value) if the file does not name white
 
 
-def decode(path, depths=None):
-    """Read an image: the shorter side is resized to 32 and the centre is cut out.
+def decode(path, size=32, depths=None):
+    """Read an image: the shorter side is resized to so many pixels and the centre is cut out.
 
     Of several frames the first is read. Transparent images are put on white; colours are converted to sRGB by the
     file's colour profile.
@@ -67,7 +65,7 @@ def decode(path, depths=None):
     """
     with Image.open(path) as file:
         draft = None
-        if min(file.size) >= DRAFT_FROM:
+        if min(file.size) >= DRAFT_FROM * size:
             draft = file.draft(None, [side // 8 for side in file.size])             # None unless it is a JPEG
         tiles = list(file.tile)
         file.load()
@@ -77,21 +75,25 @@ def decode(path, depths=None):
         if not (transform and mode == "CMYK"):
             image = image.convert("RGB")
         if draft:                                   # the last row and column may be less than a pixel
-            image = resized(image, box=draft[1])
-        image = resized(upright(image, file))
-        left, top = ((side - IMAGE_SIZE) // 2 for side in image.size)
-        image = image.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
-        if transform:                               # of 32x32 pixels only, as millions would take long
+            image = resized(image, size, box=draft[1])
+        image = centre(resized(upright(image, file), size), size)
+        if transform:                               # of these pixels only, as millions would take long
             image = ImageCms.applyTransform(image.convert(mode), transform)
         return Decoded(np.asarray(image), notes + more, unknown)
 
 
-def resized(image, box=None):
-    """The image, or a box of it (left, top, right, bottom), with a shorter side of 32."""
+def resized(image, size, box=None):
+    """The image, or a box of it (left, top, right, bottom), with a shorter side of `size` pixels."""
     width, height = box[2:] if box else image.size
-    scale = IMAGE_SIZE / min(width, height)
-    size = tuple(max(IMAGE_SIZE, round(side * scale)) for side in (width, height))
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    scale = size / min(width, height)
+    sides = tuple(max(size, round(side * scale)) for side in (width, height))
+    return image if image.size == sides else image.resize(sides, Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+
+
+def centre(image, size):
+    """The square of `size` pixels in the middle of an image."""
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 
 def upright(image, file):

@@ -41,14 +41,14 @@ class StepRandom:
         return numbers[self.rank * n : (self.rank + 1) * n]
 
 
-def image_noise(seed, indices, draw=0, walk=0.0):
-    """Unit Gaussian noise of images, float32 [len(indices), 3, 32, 32]: each depends on (seed, index, draw) alone.
+def image_noise(seed, indices, size, draw=0, walk=0.0):
+    """Unit Gaussian noise of images, float32 [len(indices), 3, size, size]: each depends on (seed, index, draw) alone.
 
     Args:
         walk: 0 .. 1, how far to go towards the noise of seed + 1, along an arc: all points of it are unit noise too.
     """
     if walk:
         a, b = math.cos(math.pi / 2 * walk), math.sin(math.pi / 2 * walk)           # a^2 + b^2 = 1
-        return a * image_noise(seed, indices, draw) + b * image_noise(seed + 1, indices, draw)
+        return a * image_noise(seed, indices, size, draw) + b * image_noise(seed + 1, indices, size, draw)
     rngs = (np.random.default_rng([seed, int(i), draw]) for i in indices)
-    return torch.from_numpy(np.stack([rng.standard_normal((3, 32, 32), dtype=np.float32) for rng in rngs]))
+    return torch.from_numpy(np.stack([rng.standard_normal((3, size, size), dtype=np.float32) for rng in rngs]))

@@ -109,7 +109,7 @@ class Run:
         self.folder.scalars(self.step, dict(means, **floats, **speed))
 
     def grid(self, name, rows, *panels):
-        """Write images [N, 3, 32, 32], one class per row, panels side by side, as grids/<step>_<name>.png."""
+        """Write images [N, 3, H, W], one class per row, panels side by side, as grids/<step>_<name>.png."""
         with self.stopped_by(f"the grid {name}"):
             self.folder.grid(self.step, name, rows, *panels)
 

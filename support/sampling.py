@@ -2,7 +2,7 @@
 images; up to rounding, as libraries choose their kernels by the batch size.
 
     sample = sampler(checkpoint.load("runs/dmd2"), device)
-    images = generate(sample, seed=0, labels=labels, batch_size=100, device=device)       # uint8 [N, 3, 32, 32]
+    images = generate(sample, 32, seed=0, labels=labels, batch_size=100, device=device)   # uint8 [N, 3, 32, 32]
 """
 
 import torch
@@ -16,7 +16,7 @@ from support.randomness import image_noise
 
 
 def not_finite(images):
-    """Which images [N, 3, 32, 32] hold NaN or infinity, of which to_uint8 would make black or white: 0 or 1, [N]."""
+    """Which images [N, 3, H, W] hold NaN or infinity, of which to_uint8 would make black or white: 0 or 1, [N]."""
     return (~images.isfinite()).flatten(1).any(1).int()
 
 
@@ -47,7 +47,7 @@ def evaluations(state, num_steps, cfg):
 
 
 def sampler(state, device, num_steps=18, cfg=None, temperature=1.0, compile=False):
-    """The function (z, labels, renoise) -> images [B, 3, 32, 32] of a loaded checkpoint, with its EMA weights.
+    """The function (z, labels, renoise) -> images [B, 3, H, W] of a loaded checkpoint, with its EMA weights.
 
     A student takes the steps that it was trained for, usually one (renoise as in few_step_sample). A teacher takes
     num_steps Heun steps, guided as cfg says (keyword arguments of diffusion.guided). Both begin at temperature * z.
@@ -69,13 +69,13 @@ def sampler(state, device, num_steps=18, cfg=None, temperature=1.0, compile=Fals
     return lambda z, labels, renoise: diffusion.heun_sample(denoise, temperature * z, labels, *schedule)
 
 
-def generate(sample, seed, labels, batch_size, device, bar=False, walk=0.0):
-    """The images of labels[0], labels[1], ...: uint8 [N, 3, 32, 32] on the CPU; walk as in image_noise.
+def generate(sample, size, seed, labels, batch_size, device, bar=False, walk=0.0):
+    """The images of labels[0], labels[1], ...: uint8 [N, 3, size, size] on the CPU; walk as in image_noise.
 
     Several processes take turns with the batches, which are the same as with one process; each returns all images.
     Raises NonFiniteError where an image holds NaN or infinity.
     """
-    images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
+    images = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8)
     progress = tqdm(total=len(labels), unit="image", disable=not (bar and processes.MAIN))
     bad = torch.zeros(len(labels), dtype=torch.int)
     starts = range(0, len(labels), batch_size)
@@ -85,7 +85,7 @@ def generate(sample, seed, labels, batch_size, device, bar=False, walk=0.0):
         place = slice(start, start + len(batch))
 
         def noise(draw, indices=indices):
-            return image_noise(seed, indices, draw, walk).to(device, memory_format=torch.channels_last)
+            return image_noise(seed, indices, size, draw, walk).to(device, memory_format=torch.channels_last)
 
         made = sample(noise(0), batch.to(device), renoise=noise)
         images[place], bad[place] = to_uint8(made).cpu(), not_finite(made).cpu()

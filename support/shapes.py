@@ -2,13 +2,14 @@
 
     images, labels = draw(1000, seed=0)      # uint8 [1000, 3, 32, 32], int64 [1000]
 
-Image i depends on (seed, n) alone, so each new seed gives fresh test images of the same distribution. Poses and colours
+Image i depends on (seed, n) alone, so each new seed gives fresh test images of the same distribution; another size
+shows the same figures in more or fewer pixels. Poses and colours
 vary little on purpose: a small network learns the dataset in minutes on a laptop.
 """
 
 import numpy as np
 
-SIZE = 32
+UNITS = 32                                          # lengths are in 32nds of an image's side
 SUPERSAMPLE = 4                                     # sub-pixels a side; 16 coverage levels per pixel
 
 
@@ -42,31 +43,33 @@ COLOURS = np.array([[230, 60, 60], [235, 220, 70], [90, 200, 80], [80, 120, 240]
 BACKGROUND = np.array([20, 20, 28], dtype=np.float32)
 
 
-def draw(n, seed):
+def draw(n, seed, size=32):
     """Draw n images, classes in turn.
 
     Returns:
-        images: uint8 [n, 3, 32, 32] RGB.
+        images: uint8 [n, 3, size, size] RGB.
         labels: int64 [n], indices into CLASSES; labels[i] = i mod 10.
     """
     rng = np.random.default_rng([0x5AFE5, seed])
     labels = np.arange(n) % len(CLASSES)
-    radius = rng.uniform(10.5, 11.5, n).astype(np.float32)                              # pixels
-    centre = SIZE / 2 + rng.uniform(-1, 1, (2, n)).astype(np.float32)               # pixels
+    radius = rng.uniform(10.5, 11.5, n).astype(np.float32)
+    centre = UNITS / 2 + rng.uniform(-1, 1, (2, n)).astype(np.float32)
     angle = np.deg2rad(rng.uniform(-6, 6, n)).astype(np.float32)
     mirror = rng.choice(np.array([-1, 1], dtype=np.float32), n)                     # so a flip keeps the distribution
     colour = COLOURS[rng.integers(len(COLOURS), size=n)]                            # [n, 3]
 
-    images = np.empty((n, 3, SIZE, SIZE), dtype=np.uint8)
-    grid = (np.arange(SIZE * SUPERSAMPLE, dtype=np.float32) + 0.5) / SUPERSAMPLE    # sub-pixel centres, pixels
+    images = np.empty((n, 3, size, size), dtype=np.uint8)
+    side = size * SUPERSAMPLE
+    grid = (np.arange(side, dtype=np.float32) + 0.5) / (side / UNITS)               # centres of the sub-pixels
+    chunks = max(1, n * size**2 // (5000 * 32**2))                                  # as memory allows
     for label, inside in enumerate(FIGURES.values()):
-        for chunk in np.array_split(np.arange(label, n, len(CLASSES)), max(1, n // 5000)):
+        for chunk in np.array_split(np.arange(label, n, len(CLASSES)), chunks):
             u = (grid[None, None, :] - centre[0, chunk, None, None]) / (mirror * radius)[chunk, None, None]
             v = (grid[None, :, None] - centre[1, chunk, None, None]) / radius[chunk, None, None]
             cos, sin = np.cos(angle[chunk])[:, None, None], np.sin(angle[chunk])[:, None, None]
-            cover = inside(cos * u + sin * v, cos * v - sin * u)                    # [m, 128, 128] bool
-            cover = cover.reshape(-1, SIZE, SUPERSAMPLE, SIZE, SUPERSAMPLE).mean((2, 4), dtype=np.float32)
-            cover = cover[:, None]                                                  # [m, 1, 32, 32]
+            cover = inside(cos * u + sin * v, cos * v - sin * u)                    # [m, side, side] bool
+            cover = cover.reshape(-1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((2, 4), dtype=np.float32)
+            cover = cover[:, None]                                                  # [m, 1, size, size]
             pixels = cover * colour[chunk, :, None, None] + (1 - cover) * BACKGROUND[:, None, None]
             images[chunk] = np.rint(pixels)
     return images, labels

@@ -23,16 +23,17 @@ def choose_preset(args):
 
 
 def take_shape(args):
-    """Set --channels and --blocks of train0.py to those of the teacher that --init names."""
+    """Set --image_size, --channels and --blocks of train0.py to those of the teacher that --init names."""
     config = checkpoint.load(args.init, kind="teacher")["model_config"]
     network = config.get("network", "SimpleUNet")
     if network != "SimpleUNet":
         raise UsageError(f"--init {args.init} holds a {network}: train0.py trains a SimpleUNet")
     with resume.restoring(args.init):
-        for name in ("channels", "blocks"):
-            if name in args.given and getattr(args, name) != config[name]:
-                raise UsageError(f"--{name} {getattr(args, name)}: the teacher of --init has {config[name]}")
-            setattr(args, name, config[name])
+        shape = dict(image_size=networks.image_size(config), channels=config["channels"], blocks=config["blocks"])
+        for name, value in shape.items():
+            if name in args.given and getattr(args, name) != value:
+                raise UsageError(f"--{name} {getattr(args, name)}: the teacher of --init has {value}")
+            setattr(args, name, value)
 
 
 def begin_from(path, net, classes):
@@ -177,7 +178,11 @@ def load_guide(args, state, teacher, device):
     if guide["classes"] != state["classes"]:
         raise UsageError(f"the classes of --guide {path} are not those of the teacher")
     with resume.restoring(path):
-        return networks.averaged(guide, device)
+        network = networks.averaged(guide, device)
+    size = networks.image_size(state["model_config"])
+    if network.image_size != size:
+        raise UsageError(f"--guide {path} makes images of {network.image_size} pixels a side, the teacher of {size}")
+    return network
 
 
 def check_cfg(args, state):

@@ -19,13 +19,13 @@ def check_features(args):
             raise UsageError(f"--{name}: no file {given}")
 
 
-def extractor(args, device):
-    """The feature network that the flags of add_features ask for."""
+def extractor(args, size, device):
+    """The feature network that the flags of add_features ask for, for images of this height and width."""
     # torch-fidelity is slow to import, and rarely needed.
     from support import metrics
 
     if args.feature_extractor:
-        return metrics.exported(args.feature_extractor, device)
+        return metrics.exported(args.feature_extractor, size, device)
     return processes.first_of_host(metrics.inception, device, args.inception_weights)
 
 
@@ -47,6 +47,7 @@ class Validation:
             found = len(dataset.images)
             raise UsageError(f"--eval_every needs {LEAST_IMAGES} real images to measure against, and there are {found}")
         self.extractor, self.seed, self.device = extractor, seed + 2**20, device
+        self.size = dataset.images.shape[-1]
         self.labels = torch.arange(num_images) % len(dataset.classes)
         self.known = self.labels if extractor.classes == dataset.classes else None
         self.real = processes.main_only(metrics.reference)(dataset.images, extractor, cache_dir)
@@ -56,7 +57,7 @@ class Validation:
 
     def __call__(self, sample):
         """Metrics of sample(z, labels, renoise), as in sampling.sampler: a dict of floats, names with @num_images."""
-        images = sampling.generate(sample, self.seed, self.labels, 250, self.device)
+        images = sampling.generate(sample, self.size, self.seed, self.labels, 250, self.device)
         values = processes.from_main(self.distances, images, self.known, self.real, self.extractor, NEIGHBOURS)
         return {f"{name}@{len(images)}": value for name, value in values.items()}
 
@@ -65,4 +66,5 @@ def from_flags(args, dataset, device):
     """The Validation of --eval_every, or None where that is 0."""
     if not args.eval_every:
         return None
-    return Validation(dataset, extractor(args, device), args.eval_images, args.seed, args.cache_dir, device)
+    features = extractor(args, dataset.images.shape[-1], device)
+    return Validation(dataset, features, args.eval_images, args.seed, args.cache_dir, device)

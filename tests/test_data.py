@@ -10,7 +10,8 @@ import torch
 from conftest import image_tree
 from PIL import Image
 
-from support import data, image_cache, shapes
+from model import SimpleUNet
+from support import data, image_cache, networks, shapes
 
 
 def test_float_and_uint8_are_inverse():
@@ -41,6 +42,29 @@ def test_shapes_are_antialiased_and_tell_the_classes_apart():
     bright = (bright / bright.max((1, 2), keepdims=True)).reshape(500, -1)
     guess = ((bright[:, None] - means[None]) ** 2).sum(-1).argmin(1)
     assert (guess == fresh_labels).mean() > 0.8
+
+
+def test_shapes_of_32_pixels_never_change():
+    images, labels = shapes.draw(50, seed=3)
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    assert digest == "cde177048d244fc7eefcf43d2401f104d5b3db1e5eb165e7e70e23ce01fc4d50"
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_shapes_are_the_same_figures_at_any_size(size):
+    """Both sizes, averaged over blocks of the same part of the image, agree up to the levels of their edges."""
+    images, labels = shapes.draw(50, 3, size)
+    usual, usual_labels = shapes.draw(50, 3)
+    assert images.shape == (50, 3, size, size) and np.array_equal(labels, usual_labels)
+    coarse, fine = (some.reshape(50, 3, 16, n, 16, n).mean((3, 5)) for some, n in ((images, size // 16), (usual, 2)))
+    assert np.abs(coarse - fine).mean() < 1 and np.abs(coarse - fine).max() < 60
+
+
+def test_a_dataset_has_the_size_of_the_flag_or_of_the_checkpoint_s_network(tmp_path):
+    args = argparse.Namespace(dataset="folder", data_dir=str(image_tree(tmp_path / "tree")), image_size=64)
+    assert data.from_flags(args).images.shape == (6, 3, 64, 64)
+    config = networks.described(SimpleUNet(channels=8, label_dim=2))
+    assert data.from_flags(args, dict(model_config=config, classes=["cat", "dog"])).images.shape == (6, 3, 32, 32)
 
 
 def test_train_and_test_split_of_shapes_differ():

@@ -152,7 +152,7 @@ IMAGENET = dict(
 def test_the_published_sizes(config, parameters):
     with torch.device("meta"):
         net = EDMUNet(**config)
-        x = torch.empty(2, 3, net.img_resolution, net.img_resolution)
+        x = torch.empty(2, 3, net.image_size, net.image_size)
         assert net(x, torch.empty(2), torch.zeros(2, dtype=torch.long)).shape == x.shape
     # Weights of the inputs for labels of augmentation, which are left out.
     augment = 0 if net.adm else 9 * 128 * net.config["channel_mult_noise"]
@@ -450,7 +450,7 @@ def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys, ki
     flags = ["--device", "cpu", "--checkpoint", str(path), "--out", out]
     assert call(sample, *flags, "--num_images", "6", "--npz", str(tmp_path / "images.npz")) == 0
     net = networks.averaged(checkpoint.load(path))
-    images = diffusion.heun_sample(net, image_noise(0, range(6)), torch.arange(6) % 3, num_steps=18)
+    images = diffusion.heun_sample(net, image_noise(0, range(6), 32), torch.arange(6) % 3, num_steps=18)
     with np.load(tmp_path / "images.npz") as file:
         found = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
     assert (found.int() - data.to_uint8(images).int()).abs().max() <= 1

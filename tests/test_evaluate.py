@@ -35,7 +35,7 @@ N = 2048
 
 @pytest.fixture(scope="module")
 def extractor(features):
-    return metrics.exported(features, torch.device("cpu"))
+    return metrics.exported(features, 32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -358,13 +358,13 @@ def smuggle(path, source, way):
 @pytest.mark.parametrize("way", list(WAYS_IN))
 def test_a_feature_network_with_a_pickle_in_it_is_refused_and_not_run(tmp_path, features, way):
     with pytest.raises(metrics.MetricsError, match=r"evil\.pt2 is no feature network"):
-        metrics.exported(smuggle(tmp_path / "evil.pt2", features, way), "cpu")
+        metrics.exported(smuggle(tmp_path / "evil.pt2", features, way), 32, "cpu")
     assert os.listdir(tmp_path) == ["evil.pt2"]
 
 
 def test_a_feature_network_runs_on_another_device_than_it_was_made_on(features):
     """The second device at hand everywhere is the one without numbers; a program left on the CPU takes its tensors."""
-    network = metrics.exported(features, torch.device("meta")).network
+    network = metrics.exported(features, 32, torch.device("meta")).network
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     assert network(images.to("meta"))[0].device.type == "meta"
     with pytest.raises(RuntimeError, match=r"Expected: meta.*, Got: cpu"):
@@ -444,7 +444,7 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
     assert call(features_script, "--dataset", "shapes", "--device", "cpu", "--epochs", "3", "--out", out) == 0
     path, accuracy = capsys.readouterr().out.splitlines()
     assert path == out and float(accuracy.split(" % of 5000")[0]) > 60              # of ten classes, after 45 steps
-    extractor = metrics.exported(out, torch.device("cpu"))
+    extractor = metrics.exported(out, 32, torch.device("cpu"))
     features, logits = extractor(torch.from_numpy(shapes.draw(30, 3)[0]))
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
     assert extractor.classes == shapes.CLASSES
@@ -472,7 +472,7 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
     assert path == out and "accuracy unknown: " in unknown and "no folder test" in unknown
     write("test", 1)
     test = data.load("folder", str(tmp_path / "data"), "test")
-    features, logits = metrics.exported(out, torch.device("cpu"))(test.images)
+    features, logits = metrics.exported(out, 32, torch.device("cpu"))(test.images)
     assert features.shape == (200, 256) and logits.shape == (200, 2)
     assert (logits.argmax(1) == test.labels).double().mean() > 0.9
     assert call(features_script, *argv, "1", "--epochs", "3") == 0
@@ -506,7 +506,8 @@ def test_the_feature_network_of_imagenet_is_made_of_its_two_packages(tmp_path, c
     for name, package in packages.items():
         monkeypatch.setitem(sys.modules, name, package)
     assert call(imagenet_features, "--out", out) == 0
-    features, logits = metrics.exported(out, torch.device("cpu"))(torch.full((2, 3, 32, 32), 191, dtype=torch.uint8))
+    grey = torch.full((2, 3, 32, 32), 191, dtype=torch.uint8)
+    features, logits = metrics.exported(out, 32, torch.device("cpu"))(grey)
     torch.testing.assert_close(features, (191 - 127) / 128 + torch.arange(5.0).expand(2, 5))
     assert logits is None
 
@@ -534,8 +535,8 @@ def test_training_measures_itself_and_keeps_the_best_step(tmp_path, many, featur
 
 def test_training_is_measured_on_other_noise_than_evaluate_takes_at_its_seed(tmp_path, extractor, monkeypatch):
     seeds, generate = [], sampling.generate
-    monkeypatch.setattr(sampling, "generate", lambda sample, seed, *a: seeds.append(seed) or generate(
-        sample, seed, *a
+    monkeypatch.setattr(sampling, "generate", lambda sample, size, seed, *a: seeds.append(seed) or generate(
+        sample, size, seed, *a
     ))
     dataset = data.Dataset(*(torch.from_numpy(array) for array in shapes.draw(64, 0)), shapes.CLASSES)
     measure = validation.Validation(dataset, extractor, 64, 3, tmp_path, torch.device("cpu"))

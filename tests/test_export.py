@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def inputs(n, sigmas):
-    noise = [image_noise(1, range(n), i) for i in range(len(sigmas))]
+    noise = [image_noise(1, range(n), 32, i) for i in range(len(sigmas))]
     renoise = dict(renoise=torch.stack(noise[1:], dim=1)) if len(sigmas) > 1 else {}
     return dict(z=noise[0], labels=torch.arange(n) % len(CLASSES), **renoise)
 
@@ -214,7 +214,8 @@ def test_keys_choose_the_class_the_seed_and_the_walk(folder, address, browser):
 
     def images(seed, walk=0.0):                     # uint8 [20, 32, 32, 3]
         labels = torch.full((20,), 3)
-        return sampling.generate(sample, seed, labels, 20, torch.device("cpu"), walk=walk).permute(0, 2, 3, 1).numpy()
+        made = sampling.generate(sample, 32, seed, labels, 20, torch.device("cpu"), walk=walk)
+        return made.permute(0, 2, 3, 1).numpy()
 
     def pressed(*keys):                             # the same, of the canvas: 4 rows of 5
         browser.press(*keys)
@@ -236,7 +237,7 @@ def test_the_noise_of_the_page_is_numpys(address, browser):
     for seed, image, draw, walk in [(0, 0, 0, 0), (1, 99, 2, 0), (2**32 - 1, 5, 0, 0.3), (10**12, 7, 1, 0)]:
         call = f"imageNoise({seed}, {image}, {draw}, {walk})"
         found = np.array(browser.value(f"import('./noise.js').then(({{imageNoise}}) => Array.from({call}))"))
-        wanted = image_noise(seed, [image], draw, walk).flatten().double().numpy()
+        wanted = image_noise(seed, [image], 32, draw, walk).flatten().double().numpy()
         exact = (abs(wanted) < 3.65) & (walk == 0)                                  # beyond by the browser's logarithm
         assert (found[exact] == wanted[exact]).all() and np.allclose(found, wanted, rtol=1e-6, atol=1e-6)
 

@@ -84,7 +84,7 @@ class Affine(nn.Module):
 
 def test_with_exact_scores_the_generator_converges_to_the_data():
     mu, s0 = 0.3, 0.2
-    model = UnifiedModel(Affine())
+    model = UnifiedModel(Affine(), shape=(3, 32, 32))
     generator, guidance = model.feedforward_model, model.guidance_model
     guidance.real_unet = GaussianDenoiser(mu, s0)
     optimizer = torch.optim.Adam(generator.parameters(), lr=0.02)
@@ -353,7 +353,7 @@ def test_several_steps_train_on_the_generators_own_images_of_every_step():
             seen.append((sigma, torch.is_grad_enabled()))
             return super().forward(x, sigma, labels)
 
-    model = UnifiedModel(Spy(), num_denoising_steps=4)
+    model = UnifiedModel(Spy(), num_denoising_steps=4, shape=(3, 32, 32))
     lengths = set()
     for step in range(40):
         seen.clear()
@@ -426,7 +426,7 @@ def distilled_shares(teacher, cls_head, steps=800, n=256):
     """Share of 4000 samples within 4 standard deviations of each mode; one fake update per generator update."""
     torch.manual_seed(0)
     labels = torch.zeros(n, dtype=torch.long)
-    model = UnifiedModel(teacher, cls_head=cls_head)
+    model = UnifiedModel(teacher, cls_head=cls_head, shape=(2, 1, 1))
     generator, guidance = model.feedforward_model, model.guidance_model
     guidance.real_unet = MixtureDenoiser()
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=5e-4, betas=(0.5, 0.99))

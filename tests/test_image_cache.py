@@ -45,6 +45,16 @@ def test_images_are_read_once(folder, monkeypatch):
     assert len(list((folder.parent / "cache").iterdir())) == 1
 
 
+def test_two_sizes_of_a_folder_are_kept_side_by_side(folder):
+    paths, cache = sorted(folder.iterdir()), folder.parent / "cache"
+    for times in range(2):
+        for size in 16, 32, 64:
+            images, notes = image_cache.read(paths, folder, cache, size)
+            assert images.shape == (3, 3, size, size) and images[:, 0, 0, 0].tolist() == [0, 50, 100]
+            assert len(notes) == times
+    assert len(list(cache.iterdir())) == 3
+
+
 def swap(folder):
     (folder / "0.bmp").rename(folder / "x")
     (folder / "1.bmp").rename(folder / "0.bmp")
@@ -124,8 +134,8 @@ def test_little_work_and_files_that_have_just_changed_are_not_kept(folder, monke
 def test_a_file_that_changes_while_it_is_read_is_not_kept(folder, monkeypatch):
     read = image_files.read
 
-    def slowly(paths):
-        found = read(paths)
+    def slowly(paths, size):
+        found = read(paths, size)
         write(folder / "0.bmp", 200)
         return found
 

@@ -30,19 +30,19 @@ def test_a_batch_of_pairs_is_noise_and_what_is_made_of_it(device="cpu"):
         made.append(labels)
         return shrunk(z, labels, renoise)
 
-    pairs = Pairs(sample, 7, num_classes=3, batch_size=4, seed=5, device=device)
+    pairs = Pairs(sample, 32, 7, num_classes=3, batch_size=4, seed=5, device=device)
     for step, wanted in enumerate(([0, 1, 2, 0], [1, 2, 0, 1], [0, 1, 2, 0])):      # 7 pairs make two batches
         z, labels, x_ode = pairs(step)
         assert labels.tolist() == wanted
-        assert torch.equal(z, image_noise(5 + SEED + step % 2, range(4)))
+        assert torch.equal(z, image_noise(5 + SEED + step % 2, range(4), 32))
         assert torch.equal(x_ode, data.to_float(data.to_uint8(shrunk(z, labels, None))))
     assert len(made) == 2                           # each batch once
-    later = Pairs(sample, 7, num_classes=3, batch_size=4, seed=5, device=device)    # of a resumed run
+    later = Pairs(sample, 32, 7, num_classes=3, batch_size=4, seed=5, device=device)    # of a resumed run
     assert all(torch.equal(one, other) for one, other in zip(later(2), pairs(2), strict=True)) and len(made) == 3
 
 
 def test_pairs_come_mirrored_every_other_time_and_in_shares():
-    pairs = Pairs(shrunk, 8, num_classes=3, batch_size=4, seed=0, device="cpu", mirrored=True)
+    pairs = Pairs(shrunk, 32, 8, num_classes=3, batch_size=4, seed=0, device="cpu", mirrored=True)
     first, second, third = pairs(1), pairs(3), pairs(5)
     for i, flipped in enumerate((True, False, True)):
         assert torch.equal(second[i], first[i].flip(-1) if flipped else first[i]) and torch.equal(third[i], first[i])
@@ -61,7 +61,7 @@ def test_the_fit_is_the_squared_error_of_the_generators_first_step():
         def forward(self, x_t, sigma, labels):
             return self.gain * x_t / sigma
 
-    model = UnifiedModel(Teacher(), 80.0, num_denoising_steps=2)
+    model = UnifiedModel(Teacher(), 80.0, num_denoising_steps=2, shape=(3, 32, 32))
     gain, (z, x_ode), labels = model.feedforward_model.gain, torch.randn(2, 4, 3, 32, 32), torch.zeros(4).long()
     start, optimizer, asked = gain.item(), Optimizer("adam", {model.feedforward_model: 1e-3}), []
     fit = Fit(
@@ -89,7 +89,7 @@ def test_the_first_steps_fit_the_generator_to_the_guided_teachers_images(tmp_pat
     student = networks.averaged(checkpoint.load(trained_teacher)).requires_grad_(True)
     optimizer = torch.optim.Adam(student.parameters())
     for step in range(4):                           # two batches, and both again, mirrored
-        z, labels = image_noise(SEED + step % 2, range(4)), (torch.arange(4) + 4 * (step % 2)) % 2
+        z, labels = image_noise(SEED + step % 2, range(4), 32), (torch.arange(4) + 4 * (step % 2)) % 2
         x_ode = data.to_float(data.to_uint8(diffusion.heun_sample(teacher, z, labels, 9)))
         if step >= 2:
             z, x_ode = z.flip(-1), x_ode.flip(-1)

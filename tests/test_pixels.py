@@ -62,6 +62,19 @@ def test_images_of_32_pixels_are_kept_bit_for_bit_and_larger_ones_keep_their_pro
     assert (read(tmp_path, wide)[:, 2:-2] == 255).all()
 
 
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_images_come_in_the_size_asked_for(tmp_path, size):
+    random = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(random).save(tmp_path / "a.png")
+    assert np.array_equal(pixels.decode(tmp_path / "a.png", size).pixels, random)
+    wide = np.zeros((100, 300, 3), dtype=np.uint8)
+    wide[:, 100:200] = 255                          # the central square is white, the sides are black
+    Image.fromarray(wide).save(tmp_path / "b.png")
+    images, _ = image_files.read([tmp_path / "a.png", tmp_path / "b.png"], size)
+    assert images.shape == (2, 3, size, size) and np.array_equal(images[0].permute(1, 2, 0), random)
+    assert (images[1, :, :, 4:-4] > 250).all()
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "LA", "PA", "YCbCr", "LAB", "RGBX"])
 def test_images_of_other_modes_become_rgb(tmp_path, mode):
     white = Image.new("RGBA", (40, 40), "white")
@@ -289,12 +302,21 @@ def test_a_large_jpeg_is_decoded_at_an_eighth_and_stays_a_good_resize(tmp_path, 
     options = dict(save_all=True, append_images=[Image.new("RGB", size)]) if kind == "MPO" else {}
     Image.fromarray(values.astype(np.uint8)).save(tmp_path / "a.jpg", kind, quality=90, exif=exif, **options)
     boxes, resized = [], pixels.resized
-    monkeypatch.setattr(pixels, "resized", lambda image, box=None: boxes.append(box) or resized(image, box))
+    monkeypatch.setattr(pixels, "resized", lambda image, size, box=None: boxes.append(box) or resized(image, size, box))
     drafted = read_file(tmp_path / "a.jpg")
     assert boxes[0] == (0, 0, size[0] / 8, size[1] / 8)
     monkeypatch.setattr(pixels, "DRAFT_FROM", 10_000)
     difference = np.abs(drafted.astype(int) - read_file(tmp_path / "a.jpg"))
     assert len(boxes) == 3 and difference.max() <= 8 and difference.mean() < 0.75
+
+
+def test_only_a_jpeg_of_24_times_the_size_is_decoded_at_an_eighth(tmp_path, monkeypatch):
+    Image.new("RGB", (800, 384)).save(tmp_path / "a.jpg")
+    boxes, resized = [], pixels.resized
+    monkeypatch.setattr(pixels, "resized", lambda image, size, box=None: boxes.append(box) or resized(image, size, box))
+    for size, wanted in (16, [(0, 0, 100, 48), None]), (24, [None]):
+        boxes.clear()
+        assert pixels.decode(tmp_path / "a.jpg", size).pixels.shape == (size, size, 3) and boxes == wanted
 
 
 def test_zero_may_be_white(tmp_path):

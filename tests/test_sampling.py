@@ -22,7 +22,7 @@ def net():
 
 def images(state, **how):
     sample = sampling.sampler(state, CPU, **how)
-    return sampling.generate(sample, 3, LABELS, batch_size=2, device=CPU)
+    return sampling.generate(sample, 32, 3, LABELS, batch_size=2, device=CPU)
 
 
 def checkpoint_of(net, kind, **more):
@@ -35,7 +35,7 @@ def assert_same_images(found, wanted):
 
 
 def test_a_teachers_are_those_of_heuns_method_between_its_own_levels(net):
-    z, state = image_noise(3, range(3)), checkpoint_of(net, "teacher")
+    z, state = image_noise(3, range(3), 32), checkpoint_of(net, "teacher")
     assert_same_images(images(state, num_steps=4), diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0))
     cfg = dict(cfg_scale=3.0, cfg_interval=(0.1, 10))
     wanted = diffusion.heun_sample(diffusion.guided(net, 3.0, (0.1, 10)), z, LABELS, 5, 0.01, 40.0)
@@ -43,27 +43,27 @@ def test_a_teachers_are_those_of_heuns_method_between_its_own_levels(net):
 
 
 def test_a_students_are_those_of_its_levels_with_fresh_noise_before_each(net):
-    x = net(3.0 * image_noise(3, range(3)), 3.0, LABELS)
+    x = net(3.0 * image_noise(3, range(3), 32), 3.0, LABELS)
     assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0])), x)
     for draw, sigma in ((1, 1.5), (2, 0.4)):
-        x = net(x + sigma * image_noise(3, range(3), draw), sigma, LABELS)
+        x = net(x + sigma * image_noise(3, range(3), 32, draw), sigma, LABELS)
     assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5, 0.4])), x)
 
 
 def test_a_temperature_scales_the_noise_that_they_begin_with_and_no_other(net):
-    z, teacher = image_noise(3, range(3)), checkpoint_of(net, "teacher")
+    z, teacher = image_noise(3, range(3), 32), checkpoint_of(net, "teacher")
     assert_same_images(
         images(teacher, num_steps=4, temperature=1.3), diffusion.heun_sample(net, 1.3 * z, LABELS, 4, 0.01, 40.0)
     )
     x = net(1.3 * 3.0 * z, 3.0, LABELS)
     assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0]), temperature=1.3), x)
-    x = net(x + 1.5 * image_noise(3, range(3), 1), 1.5, LABELS)
+    x = net(x + 1.5 * image_noise(3, range(3), 32, 1), 1.5, LABELS)
     assert_same_images(images(checkpoint_of(net, "student", denoising_sigmas=[3.0, 1.5]), temperature=1.3), x)
 
 
 def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
     """What the others would miss if it did not."""
-    z = image_noise(3, range(3))
+    z = image_noise(3, range(3), 32)
     teacher = diffusion.heun_sample(net, z, LABELS, 4, 0.01, 40.0)
     others = [
         diffusion.heun_sample(net, z, 1 - LABELS, 4, 0.01, 40.0), diffusion.heun_sample(net, z, LABELS, 5, 0.01, 40.0),
@@ -75,9 +75,9 @@ def test_the_images_of_this_network_tell_classes_levels_and_steps_apart(net):
 
 
 def test_the_walk_goes_from_a_seeds_noise_to_the_nexts_through_unit_noise():
-    a, b, middle = image_noise(3, range(9)), image_noise(4, range(9)), image_noise(3, range(9), walk=0.5)
-    assert torch.equal(image_noise(3, range(9), walk=0.0), a)
-    torch.testing.assert_close(image_noise(3, range(9), walk=1.0), b)
+    a, b, middle = image_noise(3, range(9), 32), image_noise(4, range(9), 32), image_noise(3, range(9), 32, walk=0.5)
+    assert torch.equal(image_noise(3, range(9), 32, walk=0.0), a)
+    torch.testing.assert_close(image_noise(3, range(9), 32, walk=1.0), b)
     torch.testing.assert_close(middle, (a + b) / 2**0.5)
     assert abs(middle.std() - 1) < 0.01
 

@@ -229,7 +229,7 @@ def test_the_grid_shows_the_guided_teacher_and_the_averaged_student_from_the_sam
     flags += ["--warmup_steps", "0", "--steps", "2", "--dfake_gen_update_ratio", "1", "--sample_every", "2"]
     assert call(train, *flags) == 0
 
-    z, labels = image_noise(0, range(16)), torch.arange(16) % 2
+    z, labels = image_noise(0, range(16), 32), torch.arange(16) % 2
     net, state = networks.averaged(checkpoint.load(photo_teacher)), checkpoint.load(tmp_path)
     from_teacher = diffusion.heun_sample(diffusion.guided(net, 5), z, labels, 18, 0.01, 40)
     from_student = networks.averaged(state)(3 * z, 3.0, labels)

@@ -48,7 +48,8 @@ KERNELS = 12                                        # on CUDA, the number of slo
 def parse_args(argv=None):
     parser = flags.Parser(description="Time the steps of training.")
     flags.add_common(parser, compile=None)
-    parser.add_argument("--channels", type=flags.number(int, 8), default=64, help="base width, a multiple of 8")
+    flags.add_image_size(parser)
+    flags.add_channels(parser)
     parser.add_argument(
         "--teacher", type=flags.path, help="distil this one, unguided; default: one of --channels, guided"
     )
@@ -60,10 +61,7 @@ def parse_args(argv=None):
         "--max_seconds", type=flags.positive, help="start no part after so many seconds; default: no limit"
     )
     parser.add_argument("--out", type=flags.output(), default="runs/benchmark.json", help="the JSON")
-    args = parser.parse_args(argv)
-    if args.channels % 8:
-        parser.error(f"--channels {args.channels} is not a multiple of 8")
-    return args
+    return parser.parse_args(argv)
 
 
 def steps(args, device):
@@ -73,7 +71,7 @@ def steps(args, device):
     """
     n, bf16, fp16 = args.batch_size, hardware.uses_bf16(device, args.precision), args.precision == "fp16"
     torch.manual_seed(args.seed)
-    net = SimpleUNet(args.channels)
+    net = SimpleUNet(args.channels, image_size=args.image_size)
     if args.teacher:
         net = networks.averaged(checkpoint.load(args.teacher, kind="teacher"))
     for weight in net.parameters():                 # products with the zeros that a network starts with may be faster
@@ -82,7 +80,8 @@ def steps(args, device):
     teacher, student = presets.TEACHER["cifar10_gpu"], presets.STUDENT["cifar10_gpu"]
     autocast = partial(hardware.autocast, device, args.precision)
     num_classes = max(1, net.label_dim)
-    images, labels = torch.rand(n, 3, 32, 32, device=device) * 2 - 1, torch.arange(n, device=device) % num_classes
+    size = net.image_size
+    images, labels = torch.rand(n, 3, size, size, device=device) * 2 - 1, torch.arange(n, device=device) % num_classes
 
     def optimizer(name, network, **how):
         return Optimizer(name, {network: 1e-3}, bf16, fp16, **how)

@@ -13,8 +13,8 @@ The file needs nothing of this project:
     images, = generator.run(["images"], {"z": z, "labels": np.arange(10)})
     Image.fromarray(np.concatenate(list(images), axis=1)).show()
 
-Inputs: z, unit noise, float32 [N, 3, 32, 32]; labels, int64 [N]; of a student of several steps also renoise, fresh unit
-noise, float32 [N, steps - 1, 3, 32, 32]. Output: images, uint8 [N, 32, 32, 3]. The noise levels are inside; they, the
+Inputs: z, unit noise, float32 [N, 3, H, W]; labels, int64 [N]; of a student of several steps also renoise, fresh unit
+noise, float32 [N, steps - 1, 3, H, W]. Output: images, uint8 [N, H, W, 3]. The noise levels are inside; they, the
 names of the classes and the checkpoint's SHA-256 are in the file's metadata.
 """
 
@@ -52,7 +52,7 @@ CHECKED_IMAGES = 20
 
 
 class Generator(nn.Module):
-    """What is exported: (z, labels, renoise) -> images, uint8 [N, 32, 32, 3], and float [N, 3, 32, 32] if asked for."""
+    """What is exported: (z, labels, renoise) -> images, uint8 [N, H, W, 3], and float [N, 3, H, W] if asked for."""
 
     def __init__(self, state, float_output=False):
         super().__init__()
@@ -61,7 +61,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def draw(self, z, labels, renoise=None):
-        """The images, float [N, 3, 32, 32], about [-1, 1]."""
+        """The images, float [N, 3, H, W], about [-1, 1]."""
         return diffusion.few_step_sample(self.net, z, labels, self.sigmas, lambda i: renoise[:, i - 1])
 
     def forward(self, z, labels, renoise=None):
@@ -71,9 +71,11 @@ class Generator(nn.Module):
 
     def example(self, n):
         """Inputs for n images: the noise of seed 0, the classes in turn."""
-        inputs = dict(z=image_noise(0, range(n)), labels=torch.arange(n) % max(1, self.net.label_dim))
+        size = self.net.image_size
+        inputs = dict(z=image_noise(0, range(n), size), labels=torch.arange(n) % max(1, self.net.label_dim))
         if len(self.sigmas) > 1:
-            inputs["renoise"] = torch.stack([image_noise(0, range(n), i) for i in range(1, len(self.sigmas))], dim=1)
+            draws = range(1, len(self.sigmas))
+            inputs["renoise"] = torch.stack([image_noise(0, range(n), size, draw) for draw in draws], dim=1)
         return inputs
 
 
@@ -208,7 +210,7 @@ def parse_args(argv=None):
         help="store weights as float16, half the size; computed with in float32 all the same",
     )
     parser.add_argument(
-        "--float_output", action="store_true", help="also an output `float`, [N, 3, 32, 32], about [-1, 1], not clipped"
+        "--float_output", action="store_true", help="also an output `float`, [N, 3, H, W], about [-1, 1], not clipped"
     )
     args = parser.parse_args(argv)
     args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")

@@ -58,6 +58,8 @@ def main(argv=None):
     if args.label >= len(teacher["classes"]):
         raise errors.UsageError(f"--label {args.label}: the classes are 0..{len(teacher['classes']) - 1}")
     teachers.check_cfg(args, teacher)
+    if networks.image_size(student["model_config"]) != networks.image_size(teacher["model_config"]):
+        raise errors.UsageError("--student and --teacher make images of different sizes")
     levels = student["denoising_sigmas"]
     with resume.restoring(args.student):
         model = UnifiedModel(
@@ -86,7 +88,7 @@ def main(argv=None):
 
     # --- the pictures ------------------------------------------------------------------------------------------------
     def noise(draw, n):
-        return image_noise(args.seed, range(n), draw).to(device)
+        return image_noise(args.seed, range(n), model.shape[-1], draw).to(device)
 
     with torch.no_grad(), hardware.autocast(device, args.precision):
         labels = torch.full((2,), args.label, device=device)
@@ -97,7 +99,7 @@ def main(argv=None):
             difference = real - fake
             panels += [x_gen, x_t / (1 + sigma**2) ** 0.5, real, fake, difference / 3 / difference.std()]
         # class_grid takes its images column by column.
-        panels = torch.stack(panels, 1).unflatten(1, (len(SIGMAS), -1)).transpose(1, 2)         # [2, 5, 5, 3, 32, 32]
+        panels = torch.stack(panels, 1).unflatten(1, (len(SIGMAS), -1)).transpose(1, 2)         # [2, 5, 5, 3, H, W]
         grids = [pictures.class_grid(panel.flatten(0, 1), len(SIGMAS)) for panel in panels]
         large = pictures.side_by_side(*grids).repeat_interleave(2, 1).repeat_interleave(2, 2)
         files.write(args.out, lambda file: save_image(large, file, format="png"))

@@ -18,7 +18,7 @@ SIZE = 96                                           # pixels that the images are
 
 
 class Network(nn.Module):
-    """uint8 [N, 3, 32, 32] -> features [N, 1280]: the last convolution's, averaged."""
+    """uint8 [N, 3, H, W] -> features [N, 1280]: the last convolution's, averaged."""
 
     def __init__(self, net):
         super().__init__()
@@ -45,8 +45,9 @@ def efficientnet():
 def main(argv=None):
     parser = flags.Parser(description="Save a feature network trained on ImageNet.")
     parser.add_argument("--out", type=flags.output(), default="imagenet.pt2", help="output file, for evaluate.py")
+    flags.add_image_size(parser)
     args = parser.parse_args(argv)
-    archive.save(Network(efficientnet()), args.out)
+    archive.save(Network(efficientnet()), args.out, args.image_size)
     print(args.out)
 
 
