@@ -7,11 +7,10 @@ import math
 
 import torch
 
-SIGMA_MIN = 0.002
-SIGMA_MAX = 80.0
+from constants import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN
+
 SIGMA_DATA = 0.5
 RHO = 7.0
-NUM_TRAIN_TIMESTEPS = 1000
 
 
 def karras_sigmas(num_steps=NUM_TRAIN_TIMESTEPS, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):

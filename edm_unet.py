@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import IMAGE_SIZE, Denoiser
+from constants import IMAGE_SIZE
+from model import Denoiser
 
 SQRT_HALF = math.sqrt(1 / 2)        # scales the sum of two terms of unit variance back to unit variance
 

@@ -15,6 +15,12 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
 
+import settings
+from support import errors
+
+if __name__ == "__main__":                          # --help and wrong flags, before torch, which takes seconds to load
+    errors.early(settings.evaluate_parser)
+
 import sys
 import time
 
@@ -22,13 +28,12 @@ import numpy as np
 import torch
 import torch_fidelity
 
-from model import IMAGE_SIZE
+from constants import IMAGE_SIZE
+from settings import LEAST_IMAGES
 from support import (
     checkpoint,
     data,
-    errors,
     files,
-    flags,
     hardware,
     image_files,
     metrics,
@@ -41,44 +46,9 @@ from support import (
     validation,
 )
 
-LEAST_IMAGES = 256
-
 
 def parse_args(argv=None):
-    parser = flags.Parser(description="Measure a checkpoint, or images made elsewhere, against a dataset.")
-    flags.add_common(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint", type=flags.path, default="runs/dmd2",
-        help="run folder or checkpoint of a student or a teacher, or a .pkl of EDM's",
-    )
-    source.add_argument(
-        "--npz", type=flags.path,
-        help="images of arr_0, uint8 [N, H, W, 3], labels of arr_1 if there; default: the checkpoint's images",
-    )
-    source.add_argument(
-        "--images", type=flags.path, help="a folder of images, however deep; default: the checkpoint's images"
-    )
-    flags.add_image_size(
-        parser, None, "height and width of the images of --npz, or to which those of --images are resized; default: 32"
-    )
-    real = parser.add_argument_group("real images, by default those of the checkpoint's training")
-    flags.add_dataset(real, None, None, flip=False)
-    parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
-    parser.add_argument(
-        "--num_images", type=flags.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
-    )
-    parser.add_argument(
-        "--batch_size", type=flags.count, default=250, help="images at a time; moves nothing but roundings",
-    )
-    parser.add_argument("--repeats", type=flags.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
-    flags.add_sampling(parser)
-    parser.add_argument(
-        "--neighbours", type=flags.number(int, LEAST_IMAGES), help="images of each set that precision and recall look "
-        "at, in a time that grows with its square: minutes for 50,000 on a CPU; default: all, as torch-fidelity"
-    )
-    flags.add_features(parser)
-    parser.add_argument("--out", type=flags.output(), default="runs/evaluation.json", help="the JSON")
+    parser = settings.evaluate_parser()
     args = parser.parse_args(argv)
     if args.npz or args.images:
         args.checkpoint, args.image_size = None, args.image_size or IMAGE_SIZE

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IMAGE_SIZE = 32                                     # the default
+from constants import IMAGE_SIZE
 
 
 def group_norm(channels):

@@ -15,6 +15,12 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
 
+import settings
+from support import errors
+
+if __name__ == "__main__":                          # --help and wrong flags, before torch, which takes seconds to load
+    errors.early(settings.sample_parser)
+
 import sys
 import time
 from pathlib import Path
@@ -22,22 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from support import (
-    checkpoint,
-    errors,
-    files,
-    flags,
-    hardware,
-    networks,
-    pictures,
-    processes,
-    resume,
-    sampling,
-    teachers,
-)
+from support import checkpoint, files, hardware, networks, pictures, processes, resume, sampling, teachers
 from support.data import to_float
 from support.image_files import few
 
@@ -46,36 +39,7 @@ WALK_FRAMES, WALK_MILLISECONDS = 30, 60             # of --walk in one direction
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(description="Sample a checkpoint into a grid of images.")
-    flags.add_common(parser)
-    # For exactness: in bf16 an image would depend a little on the batch it is made in.
-    parser.set_defaults(precision="fp32")
-    parser.add_argument(
-        "--checkpoint", type=flags.path, default="runs/dmd2",
-        help="run folder or checkpoint of a student or a teacher, or a .pkl of EDM's",
-    )
-    parser.add_argument(
-        "--out", type=flags.output(suffix=".png"), default="grid.png", help="the grid, a PNG: one class per row"
-    )
-    parser.add_argument(
-        "--npz", type=flags.output(),
-        help="also all images: arr_0 uint8 [N, H, W, 3], arr_1 labels [N]; default: none",
-    )
-    parser.add_argument(
-        "--images", type=flags.output("folder", new=True),
-        help="also a new or empty folder for single images, DIR/<class>_<index>.png; default: none",
-    )
-    parser.add_argument(
-        "--walk", type=flags.output(suffix=".gif"),
-        help="also a GIF: the noise moves to that of --seed + 1 and back; default: none",
-    )
-    parser.add_argument("--num_images", type=flags.count, default=100, help="images in all")
-    parser.add_argument(
-        "--batch_size", type=flags.count, default=100, help="images at a time; affects rounding only"
-    )
-    parser.add_argument("--labels", nargs="+", help="classes by number or name, one row each; default: all")
-    flags.add_sampling(parser)
-    args = parser.parse_args(argv)
+    args = settings.sample_parser().parse_args(argv)
     args.checkpoint = checkpoint.or_shipped(args.checkpoint, "runs/dmd2", "student.pt")
     return args
 
@@ -126,11 +90,11 @@ def main(argv=None):
     images = generate(labels, bar=True)
     rate = len(images) / (time.perf_counter() - start)
 
-    files.write(args.out, lambda file: save_image(grid(images), file, format="png"))
+    files.write(args.out, lambda file: pictures.save_png(grid(images), file))
     if args.walk:
         steps = tqdm(range(WALK_FRAMES + 1), unit="frame", disable=not processes.MAIN)
         frames = [grid(generate(labels[:GRID_IMAGES], walk=step / WALK_FRAMES)) for step in steps]
-        first, *others = (Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in frames)
+        first, *others = map(pictures.image, frames)
         others += others[-2::-1]                    # and back, to where the loop begins
         files.write(args.walk, lambda file: first.save(
             file, format="gif", save_all=True, append_images=others, duration=WALK_MILLISECONDS, loop=0))

@@ -1,23 +1,25 @@
-"""The settings of a training: the flags of train0.py and train.py, and what is checked about them.
+"""The flags of the four scripts, and what is checked about those of a training.
 
     args, state = settings.parse_teacher(argv)      # state: the checkpoint to resume from, or None
     args, state = settings.parse_student(argv)
 
-Named sets of defaults: presets.py. The flags that other scripts have too: support/flags.py.
+Named sets of defaults: presets.py. The flags that several scripts have: support/flags.py. Loading this file loads no
+torch, which takes seconds, so that --help and wrong flags need not wait for it.
 """
 
-import diffusion
+import constants
 import presets
-from support import flags, resume, teachers
+from support import flags
 
+LEAST_IMAGES = 256                                  # that evaluate.py measures
 # Flags that must not change when a run is resumed.
 TEACHER_FIXED = ("dataset", "image_size", "channels", "blocks", "seed", "optimizer")
 STUDENT_FIXED = ("teacher", "guide", "dataset", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
                  "fit_steps", "gan_steps")
 
 
-def parse_teacher(argv=None):
-    """The flags of train0.py, and the checkpoint to resume from or None."""
+def teacher_parser(argv=None):
+    """The parser of train0.py, with the values of the preset that argv names."""
     parser = flags.Parser(description="Train the diffusion teacher.")
     flags.add_dataset(parser)
     add = flags.add_training(
@@ -30,8 +32,8 @@ def parse_teacher(argv=None):
     add("--p_mean", type=flags.number(float, -7, 7), default=-1.2, help="mean of ln(sigma)")
     add("--p_std", type=flags.number(float, 0, 4), default=1.2, help="standard deviation of ln(sigma)")
     schedule = "of the Karras schedule; images span [-1, 1]"
-    add("--sigma_min", type=flags.noise, default=diffusion.SIGMA_MIN, help=f"lowest noise {schedule}")
-    add("--sigma_max", type=flags.noise, default=diffusion.SIGMA_MAX, help=f"highest noise {schedule}")
+    add("--sigma_min", type=flags.noise, default=constants.SIGMA_MIN, help=f"lowest noise {schedule}")
+    add("--sigma_max", type=flags.noise, default=constants.SIGMA_MAX, help=f"highest noise {schedule}")
     network = parser.add_argument_group("the network")
     add = network.add_argument
     flags.add_image_size(network)
@@ -44,6 +46,14 @@ def parse_teacher(argv=None):
     add("--guide_at", type=flags.fraction, default=0.3333,
         help="fraction of the steps after which the EMA is kept as guide.pt, for autoguidance, once in a run; 0: never")
     flags.add_measuring(parser)
+    return parser.take_preset(presets.TEACHER, argv)
+
+
+def parse_teacher(argv=None):
+    """The flags of train0.py, and the checkpoint to resume from or None."""
+    from support import resume, teachers
+
+    parser = teacher_parser(argv)
     args, state = resume.parse(parser, "teacher", presets.TEACHER, choose_teacher_preset, argv, TEACHER_FIXED)
     if args.init and not state:
         teachers.take_shape(args)
@@ -54,6 +64,8 @@ def parse_teacher(argv=None):
 
 def choose_teacher_preset(args):
     """The name of the teacher's preset for its images and the machine."""
+    from support import resume
+
     return resume.choose_preset(args, figures=args.dataset == "shapes")
 
 
@@ -93,14 +105,14 @@ def add_method(parser, add):
     add("--discriminator_lr", type=flags.rate, default=1e-3, help="learning rate of the discriminator")
     real = parser.add_argument_group("real images for both, by default the teacher's training images")
     real.add_argument(
-        "--diffusion_gan_max_timestep", type=flags.number(int, 0, diffusion.NUM_TRAIN_TIMESTEPS), default=1000,
+        "--diffusion_gan_max_timestep", type=flags.number(int, 0, constants.NUM_TRAIN_TIMESTEPS), default=1000,
         help="both see images noised to a random timestep below this one of 1000; 0: without noise",
     )
     return real
 
 
-def parse_student(argv=None):
-    """The flags of train.py, and the checkpoint to resume from or None."""
+def student_parser(argv=None):
+    """The parser of train.py, with the values of the preset that argv names."""
     parser = flags.Parser(description="Distil the teacher into a one-step generator.")
     parser.add_argument(
         "--teacher", type=flags.path, default="runs/teacher", help="run folder or checkpoint, or a .pkl of EDM's"
@@ -112,6 +124,14 @@ def parse_student(argv=None):
     real = add_method(parser, add)
     flags.add_dataset(real, dataset=None, data_dir=None)
     flags.add_measuring(parser)
+    return parser.take_preset(presets.STUDENT, argv)
+
+
+def parse_student(argv=None):
+    """The flags of train.py, and the checkpoint to resume from or None."""
+    from support import resume, teachers
+
+    parser = student_parser(argv)
     args, state = resume.parse(parser, "student", presets.STUDENT, teachers.choose_preset, argv, STUDENT_FIXED)
     check_student(args, state, parser.error)
     if state is None:
@@ -141,3 +161,76 @@ def check_student(args, state, refuse):
         if state["step"] > gan_start:               # the phase's warm-up and average begin with its first step
             refuse(f"--steps {args.steps}: with --gan_steps {args.gan_steps} the GAN phase would begin at another step "
                    "than it did, or has passed; start a new run from this student instead, with --init")
+
+
+def sample_parser():
+    """The parser of sample.py."""
+    parser = flags.Parser(description="Sample a checkpoint into a grid of images.")
+    flags.add_common(parser)
+    # For exactness: in bf16 an image would depend a little on the batch it is made in.
+    parser.set_defaults(precision="fp32")
+    parser.add_argument(
+        "--checkpoint", type=flags.path, default="runs/dmd2",
+        help="run folder or checkpoint of a student or a teacher, or a .pkl of EDM's",
+    )
+    parser.add_argument(
+        "--out", type=flags.output(suffix=".png"), default="grid.png", help="the grid, a PNG: one class per row"
+    )
+    parser.add_argument(
+        "--npz", type=flags.output(),
+        help="also all images: arr_0 uint8 [N, H, W, 3], arr_1 labels [N]; default: none",
+    )
+    parser.add_argument(
+        "--images", type=flags.output("folder", new=True),
+        help="also a new or empty folder for single images, DIR/<class>_<index>.png; default: none",
+    )
+    parser.add_argument(
+        "--walk", type=flags.output(suffix=".gif"),
+        help="also a GIF: the noise moves to that of --seed + 1 and back; default: none",
+    )
+    parser.add_argument("--num_images", type=flags.count, default=100, help="images in all")
+    parser.add_argument(
+        "--batch_size", type=flags.count, default=100, help="images at a time; affects rounding only"
+    )
+    parser.add_argument("--labels", nargs="+", help="classes by number or name, one row each; default: all")
+    flags.add_sampling(parser)
+    return parser
+
+
+def evaluate_parser():
+    """The parser of evaluate.py."""
+    parser = flags.Parser(description="Measure a checkpoint, or images made elsewhere, against a dataset.")
+    flags.add_common(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--checkpoint", type=flags.path, default="runs/dmd2",
+        help="run folder or checkpoint of a student or a teacher, or a .pkl of EDM's",
+    )
+    source.add_argument(
+        "--npz", type=flags.path,
+        help="images of arr_0, uint8 [N, H, W, 3], labels of arr_1 if there; default: the checkpoint's images",
+    )
+    source.add_argument(
+        "--images", type=flags.path, help="a folder of images, however deep; default: the checkpoint's images"
+    )
+    flags.add_image_size(
+        parser, None, "height and width of the images of --npz, or to which those of --images are resized; default: 32"
+    )
+    real = parser.add_argument_group("real images, by default those of the checkpoint's training")
+    flags.add_dataset(real, None, None, flip=False)
+    parser.add_argument("--split", choices=["train", "test"], default="train", help="of the dataset")
+    parser.add_argument(
+        "--num_images", type=flags.number(int, LEAST_IMAGES), default=50_000, help="images to make, of a checkpoint"
+    )
+    parser.add_argument(
+        "--batch_size", type=flags.count, default=250, help="images at a time; moves nothing but roundings",
+    )
+    parser.add_argument("--repeats", type=flags.count, default=1, help="times, with seeds --seed, --seed + 1, ...")
+    flags.add_sampling(parser)
+    parser.add_argument(
+        "--neighbours", type=flags.number(int, LEAST_IMAGES), help="images of each set that precision and recall look "
+        "at, in a time that grows with its square: minutes for 50,000 on a CPU; default: all, as torch-fidelity"
+    )
+    flags.add_features(parser)
+    parser.add_argument("--out", type=flags.output(), default="runs/evaluation.json", help="the JSON")
+    return parser

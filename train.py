@@ -17,6 +17,12 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
 
+import settings
+from support import errors
+
+if __name__ == "__main__":                          # --help and wrong flags, before torch, which takes seconds to load
+    errors.early(settings.student_parser)
+
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +34,7 @@ from fit import Fit
 from gan import GAN, Discriminator
 from phases import Phase, current
 from settings import parse_student as parse_args
-from support import data, errors, hardware, networks, pictures, processes, resume, teachers, validation
+from support import data, hardware, networks, pictures, processes, resume, teachers, validation
 from support.ema import EMA
 from support.meter import add_microbatch
 from support.optimizers import Optimizer, lr_factor

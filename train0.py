@@ -12,6 +12,12 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
 
+import settings
+from support import errors
+
+if __name__ == "__main__":                          # --help and wrong flags, before torch, which takes seconds to load
+    errors.early(settings.teacher_parser)
+
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +28,7 @@ import torch
 import diffusion
 from model import SimpleUNet
 from settings import parse_teacher as parse_args
-from support import checkpoint, data, errors, hardware, networks, pictures, processes, resume, teachers, validation
+from support import checkpoint, data, hardware, networks, pictures, processes, resume, teachers, validation
 from support.ema import EMA
 from support.meter import add_microbatch
 from support.optimizers import Optimizer, lr_factor

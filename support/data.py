@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 
 from support import image_cache, image_files, networks, pixels, processes, shapes
 from support.errors import UsageError
+from support.flags import DATASETS
 from support.image_files import DataError, few, number
 
-DATASETS = ("cifar10", "folder", "shapes")
 SHAPES_TRAIN_IMAGES = 20_000
 # Folders of these names hold a part of the dataset, each with the same classes.
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
@@ -78,16 +77,18 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
 
 
 def load_cifar10(root, split, size=32):
+    from torchvision import datasets
+
     absent = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
-        cifar = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
+        cifar = datasets.CIFAR10(root, train=split == "train", download=True)
     except Exception as error:                      # torchvision raises whatever urllib, tarfile and pickle do
         for folder in absent:                       # torchvision made it for the download that failed
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        cifar, reason = torchvision.datasets.CIFAR10, " ".join(str(error).split())
+        cifar, reason = datasets.CIFAR10, " ".join(str(error).split())
         archive = root / cifar.filename
-        damaged = archive.exists() and not torchvision.datasets.utils.check_integrity(archive, cifar.tgz_md5)
+        damaged = archive.exists() and not datasets.utils.check_integrity(archive, cifar.tgz_md5)
         raise DataError(
             f"{f'{archive} is damaged' if damaged else f'CIFAR-10 is not complete in {root}'} and could not be "
             f"downloaded ({reason}); either put a whole {archive.name} into {root}, or train on other images: "

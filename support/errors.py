@@ -11,9 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from support import processes
+from support import launch
 
 
 class UsageError(Exception):
@@ -24,6 +22,14 @@ class RunError(Exception):
     """An error that ends a run after it began: one line for the user, exit code 1."""
 
 
+def early(parser):
+    """Call parser().parse_args() before a script loads torch, which takes seconds: --help and wrong flags end here."""
+    try:
+        parser().parse_args()
+    except UsageError:
+        run(parser().parse_args)
+
+
 def run(main):
     """Call a script's main() and turn the errors that a user can cause into one line and an exit code."""
     script = Path(sys.argv[0]).name
@@ -31,12 +37,15 @@ def run(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        if processes.MISLED:
-            raise UsageError(processes.MISLED)
+        if launch.MISLED:
+            raise UsageError(launch.MISLED)
         main()
         sys.exit()
     except SystemExit:
-        processes.finish()
+        if launch.WORLD > 1:
+            from support import processes
+
+            processes.finish()
         raise
     except UsageError as error:
         code, line = 2, error
@@ -46,23 +55,23 @@ def run(main):
         code, line = 1, f"{error}: pip install -r requirements.txt"
     except KeyboardInterrupt:                       # before the training loop, which handles Ctrl-C itself
         code, line = 130, "interrupted"
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:          # torch.OutOfMemoryError is one of these
         code, reason = 1, str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory", str(error)):
             line = f"out of memory, try a smaller --batch_size: {reason}"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             line = f"--compile failed, --no-compile does without: {reason}"
-        elif processes.lost(error):
+        elif launch.lost(error):
             line = f"another process of this run has ended; the last checkpoint stands ({reason})"
         else:
             raise
-    if processes.WORLD > 1 and code == 1:           # code 2: the same in all processes, printed once per host
-        line = f"process {processes.RANK} of {processes.WORLD}: {line}"
+    if launch.WORLD > 1 and code == 1:              # code 2: the same in all processes, printed once per host
+        line = f"process {launch.RANK} of {launch.WORLD}: {line}"
     line = " ".join(str(line).split())
-    if code == 1 or processes.LOCAL_RANK == 0:
+    if code == 1 or launch.LOCAL_RANK == 0:
         below_the_bar = "\n" if code == 1 else ""
         print(f"{below_the_bar}{script}: error: {line}", file=sys.stderr, flush=True)
-    if processes.LAUNCHED and os.environ.get("TORCHELASTIC_ERROR_FILE"):        # for torchrun's last report
+    if launch.LAUNCHED and os.environ.get("TORCHELASTIC_ERROR_FILE"):        # for torchrun's last report
         report = dict(message=dict(message=line, extraInfo=dict(timestamp=str(int(time.time())))))
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report), encoding="utf-8")
     sys.exit(code)

@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from support import processes
+from support.launch import main_only
 
 # Windows does not replace a file while another program has it open: try again after so many seconds.
 PAUSES = 0.1, 0.2, 0.4, 0.8
@@ -16,7 +16,7 @@ FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?= *(\.|$))", re.IGNORECASE)
 
 
-@processes.main_only
+@main_only
 def write(path, writer):
     """Call writer(file) on a temporary file and rename it to path: a kill leaves the old file or the new one, whole.
 

@@ -10,9 +10,10 @@ import math
 import os
 from pathlib import Path
 
-from model import IMAGE_SIZE
-from support.data import DATASETS
+from constants import IMAGE_SIZE
 from support.errors import UsageError
+
+DATASETS = ("cifar10", "folder", "shapes")          # what support/data.py loads
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,6 +43,21 @@ class Parser(argparse.ArgumentParser):
         unset = object()
         found = super().parse_args(args, argparse.Namespace(**{action.dest: unset for action in self._actions}))
         return {name for name, value in vars(found).items() if value is not unset}
+
+    def take_preset(self, presets, args=None):
+        """Let the preset (name -> dict of defaults) that --preset names on the command line give the defaults.
+
+        Sets preset, its name or None, and plain, the defaults that it has replaced. Returns the parser.
+        """
+        first = Parser(add_help=False)
+        first.add_argument("--preset")
+        self.preset = first.parse_known_args(args)[0].preset
+        if self.preset is not None and self.preset not in (*presets, "none"):
+            raise UsageError(f"unknown preset {self.preset!r}: choose one of {', '.join(presets)}, none")
+        chosen = presets.get(self.preset, {})
+        self.plain = {name: self.get_default(name) for name in chosen}
+        self.set_defaults(**chosen)
+        return self
 
     def error(self, message):
         raise UsageError(f"{message} (see --help)")

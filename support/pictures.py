@@ -1,7 +1,8 @@
 """Grids of images."""
 
 import torch
-from torchvision.utils import make_grid
+import torch.nn.functional as F
+from PIL import Image
 
 from support.data import to_uint8
 from support.randomness import image_noise
@@ -20,7 +21,21 @@ def class_grid(images, rows):
     images = torch.cat([images.cpu().float(), blank])                               # [rows * columns, 3, H, W]
     columns = len(images) // rows
     images = images.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
-    return make_grid(to_uint8(images).float() / 255, nrow=columns, padding=2, pad_value=0.5)
+    images = to_uint8(images).float() / 255
+    if len(images) == 1:
+        return images[0]
+    framed = F.pad(images, (2, 0, 2, 0), value=0.5).unflatten(0, (rows, columns))      # [rows, columns, 3, 34, 34]
+    return F.pad(framed.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2), (0, 2, 0, 2), value=0.5)
+
+
+def image(picture):
+    """The PIL.Image of a picture, float [3, H, W] in [0, 1]."""
+    return Image.fromarray((picture * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def save_png(picture, file):
+    """Write a picture, float [3, H, W] in [0, 1], into an open file."""
+    image(picture).save(file, format="png")
 
 
 def side_by_side(*pictures):

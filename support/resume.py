@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from support import checkpoint, flags, processes, validation
+from support import checkpoint, processes, validation
 from support.errors import UsageError
 
 # The last version whose checkpoints do not name the commit that made them.
@@ -51,13 +51,7 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
     Returns:
         the flags, with `given`, the names of those on the command line; and the checkpoint to resume from, or None.
     """
-    first = flags.Parser(add_help=False)            # before --help, which shows the values of the preset
-    first.add_argument("--preset")
-    preset = first.parse_known_args(argv)[0].preset
-    if preset is not None and preset not in (*presets, "none"):
-        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}, none")
-    plain = {name: parser.get_default(name) for name in presets.get(preset, {})}
-    parser.set_defaults(**presets.get(preset, {}))
+    preset = parser.preset
     args = parser.parse_args(argv)
     given = parser.given(argv)
     stamp = checkpoint.stamp(args.run_dir)          # before the checkpoint is read
@@ -74,7 +68,7 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
             version = state.get("commit") or f"{LAST_UNNAMED} or an earlier one"
             raise UsageError(f"{found} was made by commit {version}, whose --{unknown[0]} this version does not have: "
                              "resume it there, or start a new run")
-        defaults = plain | state["settings"]        # not the preset, which may have changed since
+        defaults = parser.plain | state["settings"]        # not the preset, which may have changed since
     elif preset is None:
         preset = choose(args)
         defaults = presets[preset]

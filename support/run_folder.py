@@ -11,11 +11,10 @@ from pathlib import Path
 
 import filelock
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 
 from support import checkpoint, files, processes
 from support.errors import UsageError
-from support.pictures import class_grid, side_by_side
+from support.pictures import class_grid, image, side_by_side
 
 LOCKS = {}                                          # path -> file, of the locks that this process has taken
 
@@ -117,7 +116,7 @@ class RunFolder:
         """Write class_grid pictures, side by side, as grids/<step>_<name>.png and to TensorBoard."""
         picture = side_by_side(*(class_grid(images, rows) for images in panels))
         with self.writing():
-            save_image(picture, self.path / "grids" / f"{step:07d}_{name}.png")
+            image(picture).save(self.path / "grids" / f"{step:07d}_{name}.png")
             self.board.add_image(name, picture, step)
 
     @processes.main_only

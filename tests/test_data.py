@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import image_tree
 from PIL import Image
 
@@ -240,7 +241,7 @@ def test_cifar10_is_read_from_the_archive_that_is_already_there(tmp_path, monkey
         for name, n in batches.items()
     }
     names = [f"class {i}" for i in range(10)]
-    cifar = data.torchvision.datasets.CIFAR10
+    cifar = torchvision.datasets.CIFAR10
     hashes = {}
     with tarfile.open(tmp_path / cifar.filename, "w:gz") as archive:
         for name, value in [*content.items(), ("batches.meta", {"label_names": names})]:
@@ -269,12 +270,12 @@ def test_cifar10_without_a_download_tells_the_alternatives(tmp_path, monkeypatch
     def unreachable(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
     with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz.*--dataset folder.*--dataset shapes"):
         data.load("cifar10", tmp_path / "new" / "data")
     assert not any(tmp_path.iterdir())              # no empty folder is left behind
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut")
-    monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
     with pytest.raises(data.DataError, match=r"/cifar-10-python.tar.gz is damaged .*no network.* put a whole"):
         data.load("cifar10", tmp_path)
 

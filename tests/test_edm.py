@@ -18,15 +18,14 @@ from conftest import call, image_tree
 from torch import nn
 
 import diffusion
-import evaluate
 import sample
 import train
 import train0
 from edm_unet import AuxResidual, Block, EDMUNet
 from model import SimpleUNet
-from support import checkpoint, data, edm_pickle, networks
+from support import checkpoint, data, edm_pickle, networks, pictures
 from support.randomness import image_noise
-from tools import average, benchmark, export
+from tools import benchmark
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "edm-tiny.pkl"            # published format, random weights; its embedded source raises when it is run
@@ -410,24 +409,27 @@ def test_a_file_is_a_teacher_of_cifar10(tmp_path):
         checkpoint.load(write(tmp_path / "net.pt", Reduced(os.mkdir, str(tmp_path / "ran"))))
 
 
-@pytest.mark.parametrize("name", ["edm-tiny-64", "edm-tiny-adm"])
-def test_a_network_of_larger_images_is_read_and_not_used(tmp_path, capsys, name):
-    path, out = DATA / f"{name}.pkl", tmp_path / "out"
-    state = edm_pickle.teacher(path)
-    assert state["classes"] == ([""] if name == "edm-tiny-64" else list("0123456789")) and not state["settings"]
-    checkpoint.save(tmp_path / "net.pt", state)
-    for file in path, tmp_path / "net.pt":
-        for script, *flags in (
-            (sample, "--out", f"{out}.png", "--checkpoint", str(file)), (evaluate, "--checkpoint", str(file)),
-            (train, "--run_dir", str(out), "--teacher", str(file)),
-            (train0, "--dataset", "shapes", "--run_dir", str(out), "--init", str(file)),
-            (average, "--out", str(out), str(TINY), str(file)),
-            (export, "--out", f"{out}.onnx", "--checkpoint", str(file)),
-        ):
-            assert call(script, *flags) == 2
-            error = capsys.readouterr().err.splitlines()[-1]
-            assert f"{file} is of 64x64 images; this version makes 32x32" in error
-    assert [file.name for file in tmp_path.iterdir()] == ["net.pt"]
+@pytest.mark.parametrize("kind", [dict(label_dim=0), ADM], ids=["vp-uncond", "adm"])
+def test_a_network_of_larger_images_is_sampled_and_distilled(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr(pictures, "MAX_ROWS", 1)    # the teacher's grid would take longest
+    path, images = str(tmp_path / "net.pkl"), str(image_tree(tmp_path / "images", "012", n=2))
+    write(path, ema_of(tiny(img_resolution=64, channel_mult=[1, 1, 1], **kind)))
+    state = checkpoint.load(path)
+    assert state["classes"] == ([""] if kind == dict(label_dim=0) else list("012")) and not state["settings"]
+    flags = ["--teacher", path, *SHORT, "--preset", "edm", "--no-compile", "--accumulate", "2", "--batch_size", "4"]
+    flags += ["--dataset", "folder", "--data_dir", images, "--gan_steps", "2", "--discriminator_warmup_steps", "1"]
+    flags += ["--dfake_gen_update_ratio", "1", "--sample_every", "20"]
+    for run, end in (("whole", []), ("halves", ["--max_minutes", "1e-6"]), ("halves", [])):
+        assert call(train, *flags, "--resume", "--run_dir", str(tmp_path / run), "--steps", "3", *end) == 0
+    whole, halves = (checkpoint.load(tmp_path / run, kind="student") for run in ("whole", "halves"))
+    assert all(torch.equal(value, halves["model_ema"][key]) for key, value in whole["model_ema"].items())
+    for file in path, str(tmp_path / "whole"):
+        flags = ["--checkpoint", file, "--num_images", "2", "--num_steps", "1", "--device", "cpu"]
+        assert call(sample, *flags, "--out", f"{tmp_path}/x.png", "--npz", f"{tmp_path}/x.npz") == 0
+        assert np.load(tmp_path / "x.npz")["arr_0"].shape == (2, 64, 64, 3)
+    capsys.readouterr()
+    assert call(train0, "--dataset", "shapes", "--run_dir", f"{tmp_path}/x", "--init", path, "--device", "cpu") == 2
+    assert "holds a EDMUNet: train0.py trains a SimpleUNet" in capsys.readouterr().err
 
 
 def test_rounded_weights_keep_their_fourier_frequencies(tmp_path):

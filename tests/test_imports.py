@@ -36,8 +36,24 @@ def test_imports_run_one_way():
         graph = {name: needed for name, needed in graph.items() if name not in free}
 
 
+@pytest.mark.parametrize("script", ["train0", "train", "sample", "evaluate"])
+def test_help_and_wrong_flags_do_not_wait_for_torch(script):
+    def run(*flags):
+        heavy = {"torch", "numpy", "PIL", "torchvision", "torch_fidelity", "tensorboard", "tqdm"}
+        program = (
+            f"import atexit, runpy, sys; atexit.register(lambda: print('loaded:', *{heavy} & set(sys.modules))); "
+            f"runpy.run_path('{script}.py', run_name='__main__')"
+        )
+        return subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True)
+
+    shown, wrong = run("--help"), run("--seed", "x")
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: ") and shown.stdout.endswith("\nloaded:\n")
+    assert wrong.returncode == 2 and wrong.stdout == "loaded:\n"
+    assert wrong.stderr.endswith("error: argument --seed: invalid int value: 'x' (see --help)\n")
+
+
 @pytest.mark.parametrize("program", ["import sample", "from support import checkpoint, sampling"])
-def test_sampling_needs_neither_a_lock_nor_tensorboard(program):
-    heavy = {"support.run_folder", "tensorboard", "torch_fidelity"}
+def test_sampling_needs_no_lock_no_tensorboard_and_no_torchvision(program):
+    heavy = {"support.run_folder", "tensorboard", "torch_fidelity", "torchvision", "torch._dynamo"}
     check = f"import sys; {program}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, call, image_tree, log_of, teacher_flags
 
 import sample
 import train0
-from support import checkpoint, data, files, hardware, processes
+from support import checkpoint, data, files, hardware, launch, processes
 
 SCRIPTS = ["train0", "train", "sample", "evaluate", "tools.features", "tools.benchmark"]
 SOURCES = [path for folder in (".", "support", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
@@ -219,7 +219,7 @@ def test_a_run_folder_that_tensorboard_cannot_name_is_refused(tmp_path, tree, ca
 
 
 def test_torchrun_is_told_of_an_error_whatever_the_names_in_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "LAUNCHED", True)
+    monkeypatch.setattr(launch, "LAUNCHED", True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert call(sample, "--checkpoint", LATIN) == 2
     found = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
@@ -252,10 +252,10 @@ def test_only_torchrun_starts_several_processes(monkeypatch, variables, said, tm
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = processes.misled()
+    found = launch.misled()
     assert found is None if said is None else said in found
     if said:
-        monkeypatch.setattr(processes, "MISLED", found)
+        monkeypatch.setattr(launch, "MISLED", found)
         assert call(train0, *teacher_flags(tree), "--steps", "1", "--run_dir", f"{tmp_path}/run") == 2
         assert capsys.readouterr().err.endswith(f"error: {found}\n") and os.listdir(tmp_path) == []
 

@@ -11,7 +11,6 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")       # which torch reads when it is loaded
 
 import torch
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from support import checkpoint, errors, files, flags, hardware, networks, pictures, processes, resume, teachers
@@ -102,14 +101,14 @@ def main(argv=None):
         panels = torch.stack(panels, 1).unflatten(1, (len(SIGMAS), -1)).transpose(1, 2)         # [2, 5, 5, 3, H, W]
         grids = [pictures.class_grid(panel.flatten(0, 1), len(SIGMAS)) for panel in panels]
         large = pictures.side_by_side(*grids).repeat_interleave(2, 1).repeat_interleave(2, 2)
-        files.write(args.out, lambda file: save_image(large, file, format="png"))
+        files.write(args.out, lambda file: pictures.save_png(large, file))
         if args.start:
             labels = torch.arange(8 * num_classes, device=device) % num_classes
             z = noise(0, len(labels))
             first = guidance.real_unet(levels[0] * z, levels[0], labels)            # the teacher's own single step
             made = model.generate(z, labels, StepRandom(args.seed, 0, device), len(levels))
             start = pictures.side_by_side(*(pictures.class_grid(x, num_classes) for x in (first, made)))
-            files.write(args.start, lambda file: save_image(start, file, format="png"))
+            files.write(args.start, lambda file: pictures.save_png(start, file))
     print(", ".join(filter(None, (args.out, args.start))))
 
 
