@@ -275,6 +275,12 @@ def from_flags(args, state=None, split="train"):
     loaded = processes.first_of_host(load, dataset, data_dir, split, getattr(args, "cache_dir", None), size)
     if state and not state["model_config"]["label_dim"]:        # an unconditional network: no image has a class
         loaded = replace(loaded, labels=torch.zeros_like(loaded.labels), classes=state["classes"])
+    numbers = [str(label) for label in range(len(loaded.classes))]
+    if state and state["classes"] == numbers and not set(numbers) & set(loaded.classes):
+        # A file of EDM's names no classes; EDM's dataset_tool.py numbers them in the order of their folders' names.
+        line = f"note: the checkpoint's classes have no names; taken to be, in this order: {few(loaded.classes)}"
+        processes.main_only(print)(line, file=sys.stderr)
+        loaded = replace(loaded, classes=state["classes"])
     if state and loaded.classes != state["classes"]:
         theirs, ours = few(state["classes"]), few(loaded.classes)
         raise UsageError(f"--dataset {dataset} has the classes {ours}; those of the checkpoint are {theirs}")

@@ -23,7 +23,7 @@ import train
 import train0
 from edm_unet import AuxResidual, Block, EDMUNet
 from model import SimpleUNet
-from support import checkpoint, data, edm_pickle, networks, pictures
+from support import checkpoint, data, edm_pickle, errors, networks, pictures
 from support.randomness import image_noise
 from tools import benchmark
 
@@ -444,6 +444,20 @@ def test_images_for_a_network_without_classes_have_none_either(tmp_path):
     folder = str(image_tree(tmp_path / "images"))
     found = data.from_flags(argparse.Namespace(dataset="folder", data_dir=folder), state)
     assert found.classes == state["classes"] == [""] and not found.labels.any()
+
+
+def test_numbered_classes_are_those_of_the_images_in_their_order(tmp_path, capsys):
+    state = checkpoint.load(write(tmp_path / "net.pkl", ema_of(tiny())))
+    flags = argparse.Namespace(dataset="folder", data_dir=str(image_tree(tmp_path / "images", ("owl", "cat", "dog"))))
+    found = data.from_flags(flags, state)
+    assert found.classes == state["classes"] == ["0", "1", "2"] and found.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    reds = found.images[:, 0].float().mean((1, 2)).view(3, 3).mean(1)          # of image_tree: 50 for each class made
+    assert reds.round().tolist() == [50, 100, 0]
+    assert "taken to be, in this order: cat, dog, owl" in capsys.readouterr().err
+    for folder, names in (("two", ("cat", "dog")), ("others", ("1", "2", "3"))):
+        flags.data_dir = str(image_tree(tmp_path / folder, names))
+        with pytest.raises(errors.UsageError, match="those of the checkpoint are 0, 1, 2"):
+            data.from_flags(flags, state)
 
 
 @KINDS
