@@ -7,10 +7,9 @@ import math
 
 import torch
 
-from constants import NUM_TRAIN_TIMESTEPS, SIGMA_MAX, SIGMA_MIN
+from constants import NUM_TRAIN_TIMESTEPS, RHO, SIGMA_MAX, SIGMA_MIN
 
 SIGMA_DATA = 0.5
-RHO = 7.0
 
 
 def karras_sigmas(num_steps=NUM_TRAIN_TIMESTEPS, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):

@@ -6,6 +6,10 @@
 Why each value, and what else was tried: docs/tuning.md. What each preset costs and brings: results/README.md.
 """
 
+import math
+
+from constants import IMAGE_SIZE, NUM_TRAIN_TIMESTEPS, RHO, SIGMA_MAX, SIGMA_MIN
+
 TEACHER, STUDENT = {}, {}
 
 # demo: the figures of `shapes`. On 2 CPU cores 2 minutes for the teacher and 6 for the student, FD 1.47 and 1.15.
@@ -55,3 +59,31 @@ STUDENT["edm"] = dict(
     batch_size=2048, accumulate=8, steps=100_000, dfake_gen_update_ratio=5, generator_lr=1e-4, guidance_lr=1e-4,
     ema_decay=0.9999, conditioning_sigma=80.0, gen_cls_loss_weight=1e-3, warmup_steps=0, compile=True,
 )
+
+
+def of_size(size, values):
+    """A preset's values for images of this height and width: all its noise levels times size / 32.
+
+    The mean of 2x2 pixels has half of their noise, so that an image of twice the size shows as much at twice the noise
+    (simple diffusion, Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1).
+    """
+    factor, values = size / IMAGE_SIZE, dict(values)
+    for name, value in values.items() if factor != 1 else ():
+        if name == "p_mean":                        # of ln(sigma)
+            values[name] = round(value + math.log(factor), 4)
+        elif name == "conditioning_sigma":
+            values[name] = min(value * factor, SIGMA_MAX)
+        elif name == "cfg_interval":
+            values[name] = [sigma * factor for sigma in value]
+        elif name in ("min_step_percent", "max_step_percent"):
+            values[name] = round(times(value, factor), 4)
+        elif name == "diffusion_gan_max_timestep":
+            values[name] = round(NUM_TRAIN_TIMESTEPS * times(value / NUM_TRAIN_TIMESTEPS, factor))
+    return values
+
+
+def times(fraction, factor):
+    """The fraction of the Karras schedule at which the noise is so many times that at this one; at most 1."""
+    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    root = (low + fraction * (high - low)) * factor ** (1 / RHO)                    # of sigma (equation 5)
+    return min(max((root - low) / (high - low), 0.0), 1.0)

@@ -54,19 +54,18 @@ def parse_teacher(argv=None):
     from support import resume, teachers
 
     parser = teacher_parser(argv)
-    args, state = resume.parse(parser, "teacher", presets.TEACHER, choose_teacher_preset, argv, TEACHER_FIXED)
+
+    def choose(args):
+        preset = parser.preset or resume.choose_preset(args, figures=args.dataset == "shapes")
+        size = teachers.image_size(args.init) if args.init else args.image_size
+        return preset, presets.of_size(size, presets.TEACHER.get(preset, {}))
+
+    args, state = resume.parse(parser, "teacher", choose, argv, TEACHER_FIXED)
     if args.init and not state:
         teachers.take_shape(args)
     if args.sigma_min >= args.sigma_max:
         parser.error(f"--sigma_min {args.sigma_min} is not below --sigma_max {args.sigma_max}")
     return args, state
-
-
-def choose_teacher_preset(args):
-    """The name of the teacher's preset for its images and the machine."""
-    from support import resume
-
-    return resume.choose_preset(args, figures=args.dataset == "shapes")
 
 
 def add_method(parser, add):
@@ -132,7 +131,13 @@ def parse_student(argv=None):
     from support import resume, teachers
 
     parser = student_parser(argv)
-    args, state = resume.parse(parser, "student", presets.STUDENT, teachers.choose_preset, argv, STUDENT_FIXED)
+
+    def choose(args):
+        chosen, size = teachers.choose_preset(args)
+        preset = parser.preset or chosen
+        return preset, presets.of_size(size, presets.STUDENT.get(preset, {}))
+
+    args, state = resume.parse(parser, "student", choose, argv, STUDENT_FIXED)
     check_student(args, state, parser.error)
     if state is None:
         args.teacher = teachers.path(args)

@@ -1,6 +1,6 @@
 """The settings of a training script: the flags given, over those of the resumed run, over those of a preset.
 
-    args, state = resume.parse(parser, "teacher", PRESETS, choose)  # state: the checkpoint to resume from, or None
+    args, state = resume.parse(parser, "teacher", choose)           # state: the checkpoint to resume from, or None
     resume.restore(args, state, dict(model=net, ema=ema))
 """
 
@@ -39,13 +39,13 @@ def choose_preset(args, figures):
     return "cifar10_gpu" if gpu else "cifar10"
 
 
-def parse(parser, kind, presets, choose, argv=None, fixed=()):
+def parse(parser, kind, choose, argv=None, fixed=()):
     """Parse a training script's flags: those given, over the resumed run's settings or over the preset's.
 
     Args:
         kind: "teacher" or "student": what the script trains.
-        presets: name -> dict of defaults.
-        choose: args -> name of the preset for a new run without --preset.
+        choose: the preset of a new run: args -> its name, --preset's or else the one for the images and the machine;
+            and its values for images of their size.
         fixed: flags that a resumed run cannot change.
 
     Returns:
@@ -69,9 +69,9 @@ def parse(parser, kind, presets, choose, argv=None, fixed=()):
             raise UsageError(f"{found} was made by commit {version}, whose --{unknown[0]} this version does not have: "
                              "resume it there, or start a new run")
         defaults = parser.plain | state["settings"]        # not the preset, which may have changed since
-    elif preset is None:
-        preset = choose(args)
-        defaults = presets[preset]
+    else:
+        preset, defaults = choose(args)
+    if not state and parser.preset is None:
         processes.main_only(print)(f"--preset {preset} by the images and the device (--preset none: no additions)")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

@@ -16,10 +16,17 @@ def path(args, say=True):
 
 
 def choose_preset(args):
-    """The name of the student's preset for the teacher of --teacher and the machine."""
+    """The name of the student's preset for the teacher of --teacher and the machine; and the size of its images."""
     state = checkpoint.load(path(args, say=False), kind="teacher")
-    preset = resume.choose_preset(args, figures=state["classes"] == shapes.CLASSES)
-    return "edm" if preset == "cifar10_gpu" and state["model_config"].get("network") == "EDMUNet" else preset
+    preset, config = resume.choose_preset(args, figures=state["classes"] == shapes.CLASSES), state["model_config"]
+    preset = "edm" if preset == "cifar10_gpu" and config.get("network") == "EDMUNet" else preset
+    return preset, image_size(args.teacher, state)
+
+
+def image_size(path, state=None):
+    """Height and width of the images of the teacher at this path, whose checkpoint may be given."""
+    with resume.restoring(path):
+        return networks.image_size((state or checkpoint.load(path, kind="teacher"))["model_config"])
 
 
 def take_shape(args):

@@ -1,12 +1,14 @@
 """Presets and defaults: which values a run takes from them, and how --help shows them."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, make_teacher, teacher_flags
+from conftest import ROOT, call, make_teacher, save_net, teacher_flags, trained_net
 
+import diffusion
 import evaluate
 import presets
 import sample
@@ -140,3 +142,24 @@ def test_help_shows_a_presets_values_and_the_flags_of_a_beginner_first(capsys):
 
     assert list(entries())[:4] == ["--teacher", "--preset", "--run_dir", "--resume"]
     assert "default: 50000" in entries()["--steps"] and "default: 1900" in entries("--preset", "cifar10")["--steps"]
+
+
+def test_a_preset_for_larger_images_has_more_noise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, _ = train0.parse_args(["--preset", "cifar10", "--dataset", "shapes", "--image_size", "64", "--lr", "0.5"])
+    assert args.p_mean == pytest.approx(presets.TEACHER["cifar10"]["p_mean"] + math.log(2), abs=1e-4)
+    net = trained_net(channels=8, label_dim=10, image_size=64)
+    teacher = save_net(tmp_path / "net.pt", net, kind="teacher", classes=shapes.CLASSES, label_dropout=0.1)
+    given = ["--teacher", teacher, "--device", "cpu", "--min_step_percent", "0.2"]
+    args, _ = train.parse_args([*given, "--preset", "cifar10_gpu"])
+    plain, sigmas = presets.STUDENT["cifar10_gpu"], diffusion.karras_sigmas(1001)
+    assert args.conditioning_sigma == 80 and args.min_step_percent == 0.2           # of the schedule, its end; given
+    assert args.cfg_interval == [0.3, 10.0]
+    twice = sigmas[round(1000 * args.max_step_percent)] / sigmas[round(1000 * plain["max_step_percent"])]
+    assert twice == pytest.approx(2, rel=0.01)
+    assert train.parse_args(given)[0].conditioning_sigma == 6.0                     # of preset demo, by the classes
+
+
+@pytest.mark.parametrize("values", [*presets.TEACHER.values(), *presets.STUDENT.values()])
+def test_a_preset_is_for_images_of_32x32(values):
+    assert presets.of_size(32, values) == values
