@@ -8,7 +8,7 @@ Named sets of defaults: presets.py. The flags that other scripts have too: suppo
 
 import diffusion
 import presets
-from support import flags, resume, teachers
+from support import data, flags, resume, teachers
 
 # Flags that must not change when a run is resumed.
 TEACHER_FIXED = ("dataset", "channels", "blocks", "seed", "optimizer")
@@ -43,6 +43,7 @@ def parse_teacher(argv=None):
         help="fraction of the steps after which the EMA is kept as guide.pt, for autoguidance, once in a run; 0: never")
     flags.add_measuring(parser)
     args, state = resume.parse(parser, "teacher", presets.TEACHER, choose_teacher_preset, argv, TEACHER_FIXED)
+    args.flip = data.named(args, state)[2]
     if args.init and not state:
         teachers.take_shape(args)
     if args.channels % 8:

@@ -8,7 +8,6 @@ A whole dataset of small images is small (CIFAR-10: 150 MB as uint8; 100,000 ima
 the device and needs no loader workers.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
-from PIL import Image
 
-from support import image_cache, image_files, networks, pixels, processes, shapes
+from support import image_cache, image_files, networks, processes, published, shapes
 from support.errors import UsageError
 from support.image_files import DataError, few, number
+from support.published import PUBLISHED
 
-DATASETS = ("cifar10", "folder", "shapes")
+DATASETS = (*PUBLISHED, "folder", "shapes")
 SHAPES_TRAIN_IMAGES = 20_000
 # Folders of these names hold a part of the dataset, each with the same classes.
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
@@ -57,7 +55,7 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
     """Read a dataset into memory.
 
     Args:
-        name: "cifar10" (downloaded to data_dir if it is not there), "folder" (a tree data_dir/<class>/<image> or
+        name: one of PUBLISHED (downloaded to data_dir if it is not there), "folder" (a tree data_dir/<class>/<image> or
             data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find), or "shapes" (drawn).
         split: "train" or "test".
         cache_dir: where a large folder's images are kept, for the next time; None: nowhere.
@@ -72,44 +70,9 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
         # Seeds 0 and 1 are the two splits; any other seed is a fresh sample.
         images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1, size=size)
         return Dataset(torch.from_numpy(images), torch.from_numpy(labels), list(shapes.CLASSES))
-    if name == "cifar10":
-        return load_cifar10(Path(data_dir), split, size)
+    if name in PUBLISHED:
+        return Dataset(*published.load(name, Path(data_dir), split, size))
     return load_folder(Path(data_dir), split, cache_dir, size)
-
-
-def load_cifar10(root, split, size=32):
-    absent = [folder for folder in (root, *root.parents) if not folder.exists()]
-    try:
-        cifar = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
-    except Exception as error:                      # torchvision raises whatever urllib, tarfile and pickle do
-        for folder in absent:                       # torchvision made it for the download that failed
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        cifar, reason = torchvision.datasets.CIFAR10, " ".join(str(error).split())
-        archive = root / cifar.filename
-        damaged = archive.exists() and not torchvision.datasets.utils.check_integrity(archive, cifar.tgz_md5)
-        raise DataError(
-            f"{f'{archive} is damaged' if damaged else f'CIFAR-10 is not complete in {root}'} and could not be "
-            f"downloaded ({reason}); either put a whole {archive.name} into {root}, or train on other images: "
-            "--dataset folder --data_dir DIR, or --dataset shapes"
-        ) from error
-    return Dataset(fitted(cifar.data, size), torch.tensor(cifar.targets), cifar.classes)
-
-
-def fitted(images, size):
-    """Images, uint8 [N, H, W, 3], as a tensor [N, 3, size, size], resized as those of folders are where they differ."""
-    if images.shape[1:3] == (size, size):
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    found = np.empty((len(images), 3, size, size), np.uint8)
-
-    def fit(rows):
-        for i in rows:
-            image = pixels.centre(pixels.resized(Image.fromarray(images[i]), size), size)
-            found[i] = np.asarray(image).transpose(2, 0, 1)
-        return []
-
-    image_files.parallel(fit, range(len(images)))
-    return torch.from_numpy(found)
 
 
 def load_folder(root, split, cache_dir=None, size=32):
@@ -247,12 +210,17 @@ class Batches:
 
 
 def named(args, state):
-    """--dataset, --data_dir and --flip, or what the checkpoint's network was trained on where they were not given."""
+    """--dataset, --data_dir and --flip, or what the checkpoint's network was trained on where they were not given.
+
+    Of other images --flip is 1, but 0 for those of digits.
+    """
     known = state.get("settings", {}) if state else {}
     dataset = args.dataset or known.get("dataset")
     known = known if dataset == known.get("dataset") else {}
     flip = getattr(args, "flip", None)
-    return dataset, args.data_dir or known.get("data_dir") or "data", known.get("flip", 1) if flip is None else flip
+    if flip is None:
+        flip = known.get("flip", PUBLISHED[dataset].flip if dataset in PUBLISHED else 1)
+    return dataset, args.data_dir or known.get("data_dir") or "data", flip
 
 
 def trained_on(state):

@@ -1,8 +1,5 @@
 import argparse
 import hashlib
-import pickle
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,54 +226,6 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         data.load("folder", tmp_path / "tree")
     with pytest.raises(data.DataError, match="unknown dataset"):
         data.load("imagenet")
-
-
-def test_cifar10_is_read_from_the_archive_that_is_already_there(tmp_path, monkeypatch):
-    """A small archive in CIFAR-10's own format: rows of 1024 red, 1024 green and 1024 blue values."""
-    rng = np.random.default_rng(0)
-    batches = {f"data_batch_{i}": 3 for i in range(1, 6)} | {"test_batch": 2}
-    content = {
-        name: {"data": rng.integers(0, 256, (n, 3072), np.uint8), "labels": rng.integers(0, 10, n).tolist()}
-        for name, n in batches.items()
-    }
-    names = [f"class {i}" for i in range(10)]
-    cifar = data.torchvision.datasets.CIFAR10
-    hashes = {}
-    with tarfile.open(tmp_path / cifar.filename, "w:gz") as archive:
-        for name, value in [*content.items(), ("batches.meta", {"label_names": names})]:
-            file = tmp_path / name
-            file.write_bytes(pickle.dumps(value))
-            hashes[name] = hashlib.md5(file.read_bytes()).hexdigest()
-            archive.add(file, f"{cifar.base_folder}/{name}")
-            file.unlink()
-    monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5((tmp_path / cifar.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(cifar, "train_list", [[name, hashes[name]] for name in batches if name != "test_batch"])
-    monkeypatch.setattr(cifar, "test_list", [["test_batch", hashes["test_batch"]]])
-    monkeypatch.setattr(cifar, "meta", dict(cifar.meta, md5=hashes["batches.meta"]))
-    for split in "train", "test":
-        wanted = [value for name, value in content.items() if (name == "test_batch") == (split == "test")]
-        dataset = data.load("cifar10", tmp_path, split)
-        pixels = np.concatenate([value["data"] for value in wanted]).reshape(-1, 3, 32, 32)
-        assert torch.equal(dataset.images, torch.from_numpy(pixels)) and dataset.classes == names
-        assert dataset.labels.tolist() == [label for value in wanted for label in value["labels"]]
-
-
-def test_cifar10_without_a_download_tells_the_alternatives(tmp_path, monkeypatch):
-    def no_network(url, root, **kwargs):
-        Path(root).mkdir(parents=True)              # as torchvision does before it asks
-        raise OSError("no network")
-
-    def unreachable(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", no_network)
-    with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz.*--dataset folder.*--dataset shapes"):
-        data.load("cifar10", tmp_path / "new" / "data")
-    assert not any(tmp_path.iterdir())              # no empty folder is left behind
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut")
-    monkeypatch.setattr(data.torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
-    with pytest.raises(data.DataError, match=r"/cifar-10-python.tar.gz is damaged .*no network.* put a whole"):
-        data.load("cifar10", tmp_path)
 
 
 def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():

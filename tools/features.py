@@ -127,6 +127,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    args.flip = data.named(args, None)[2]
     device = hardware.start(args)
     recipe = FIGURES if args.dataset == "shapes" else PHOTOGRAPHS
     args.epochs = args.epochs or recipe["epochs"]
