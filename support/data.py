@@ -56,7 +56,8 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
 
     Args:
         name: one of PUBLISHED (downloaded to data_dir if it is not there), "folder" (a tree data_dir/<class>/<image> or
-            data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find), or "shapes" (drawn).
+            data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find; or images of one class, named
+            after the folder, in data_dir or data_dir/<split>), or "shapes" (drawn).
         split: "train" or "test".
         cache_dir: where a large folder's images are kept, for the next time; None: nowhere.
         size: height and width of the images, in pixels.
@@ -79,20 +80,21 @@ def load_folder(root, split, cache_dir=None, size=32):
     root, data_dir = split_folder(root, split), root
     folders = class_folders(root)
     loose = sorted({*root.iterdir()} - {*folders})
-    if not folders:
-        a_class = any(image_files.is_image(path) for path in loose)
-        advice = ", only images: give its parent, if it is a class" if a_class else ""
-        raise DataError(f"--data_dir {root} has no class folders{advice}")
-    seen = {os.path.realpath(root)}
+    seen, notes = {os.path.realpath(root)}, [f"in {root}"] if root != data_dir else []
     found = [image_files.find(folder, seen) for folder in folders]
+    classes = [folder.name for folder in folders]
+    if holds_images(root) and not any(images for images, _ in found):
+        classes, folders, found, loose = [Path(os.path.abspath(data_dir)).name], [root], [image_files.find(root)], []
+        notes += ["no class folders"]
+    if not folders:
+        raise DataError(f"--data_dir {root} has no class folders, and no images")
     empty = [folder.name for folder, (images, _) in zip(folders, found, strict=True) if not images]
     if empty:
         raise DataError(f"no images in class folder {few(empty)} of {root}, or only such as another class has")
     paths = [path for images, _ in found for path in images]
     read = (image_cache.read, paths, root, cache_dir) if cache_dir else (image_files.read, paths)
-    images, notes = read[0](*read[1:], size)
+    images, converted = read[0](*read[1:], size)
     labels = torch.cat([torch.full((len(some),), label) for label, (some, _) in enumerate(found)])
-    notes = [f"in {root}", *notes] if root != data_dir else notes
     inner = [folder.name for folder in class_folders(folders[0])]
     if len(folders) == 1 and len(inner) > 1 and all(path.parent != folders[0] for path in paths):
         processes.main_only(print)(
@@ -100,11 +102,11 @@ def load_folder(root, split, cache_dir=None, size=32):
             f"give --data_dir {folders[0]}", file=sys.stderr
         )
     left_out = loose + [path for _, others in found for path in others]
-    return Dataset(images, labels, [folder.name for folder in folders], left_out, notes)
+    return Dataset(images, labels, classes, left_out, notes + converted)
 
 
 def split_folder(root, split):
-    """The folder whose folders are the classes: root/split if that has folders, else root.
+    """The folder whose folders are the classes, or that holds images of one kind: root/split if that does, else root.
 
     Raises:
         DataError: there is none, or it may be the one or the other.
@@ -115,14 +117,15 @@ def split_folder(root, split):
     others = [folder for folder in folders if folder.name.lower() not in SPLITS]
     names = [folder.name for folder in folders]
     inner = class_folders(root / split) if split in names else []
-    if inner:
+    if inner or (split in names and holds_images(root / split)):
         beside = [folder.name for folder in others if image_files.find(folder)[0]]
-        if beside:
+        if inner and beside:
             raise DataError(
                 f"--data_dir {root}: is {split} a class beside {few(beside)}, or the images of a split, with the "
                 f"classes {few([folder.name for folder in inner])}? Rename it, or give --data_dir {root / split}"
             )
-        return root / split
+        if not beside:
+            return root / split
     if split != "train":
         raise DataError(f"--data_dir {root} has no folder {split}")
     if folders and not others:
@@ -140,14 +143,23 @@ def split_folder(root, split):
     return root
 
 
-def class_folders(root):
-    """The folders in root that can be classes, by name."""
+def entries(root):
+    """What root holds, except for what image_files.skipped() names: a list of os.DirEntry, by name."""
     try:
-        with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not image_files.skipped(entry.name))
+        with os.scandir(root) as found:
+            return sorted((e for e in found if not image_files.skipped(e.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"cannot read folder {root}: {error.strerror}") from error
-    return [root / name for name in names]
+
+
+def class_folders(root):
+    """The folders in root that can be classes, by name."""
+    return [root / entry.name for entry in entries(root) if entry.is_dir()]
+
+
+def holds_images(root):
+    """Whether there are images in root itself."""
+    return any(image_files.is_image(Path(entry.name)) and not entry.is_dir() for entry in entries(root))
 
 
 def to_float(images):

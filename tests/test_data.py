@@ -172,7 +172,7 @@ def test_classes_that_may_be_a_split_are_refused(tmp_path):
     years = [f"{name}/{year}" for name in ("car", "bus", "train") for year in (2019, 2020)]
     refused(r"is train a class beside bus, car, or the images of a split, with the classes 2019, 2020\?", *years)
     refused("no class folders, only Test, Train, names of splits: .*train/<class>", "Train/cat", "Test/cat")
-    refused("no class folders, only train, a name of splits", "train")
+    refused("no class folders, only training, a name of splits", "training")
     refused("class folder cat has the splits test, train", "cat/train", "cat/test", "dog/train")
 
 
@@ -185,6 +185,35 @@ def test_it_says_which_folders_are_the_classes(tmp_path, capsys):
     wrapped = nested(tmp_path / "wrapped", "all/cat", "all/dog")
     assert data.load("folder", wrapped).classes == ["all"]
     assert f"if the folders in it are classes (cat, dog), give --data_dir {wrapped}/all" in capsys.readouterr().err
+
+
+def test_images_without_class_folders_are_one_class_named_after_the_folder(tmp_path, monkeypatch, capsys):
+    photos = image_tree(tmp_path, classes=("photos",)) / "photos"
+    assert str(data.load("folder", photos)) == "3 images (no class folders), 1 class (photos)"
+    for name in ("annotations/boxes.txt", "labels/list.csv", "._0.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"\0")
+    dataset = data.load("folder", photos)
+    assert str(dataset).endswith("(no class folders), 1 class (photos), 3 files left out (.csv, .txt, hidden)")
+    assert dataset.images[:, 1, 0, 0].tolist() == [0, 10, 20] and dataset.labels.tolist() == [0, 0, 0]
+    monkeypatch.chdir(photos)
+    assert data.load("folder", ".").digest() == dataset.digest() and capsys.readouterr().err == ""
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (32, 32)).save(photos / "labels" / "a.png")      # is it a class, beside one that is empty?
+    with pytest.raises(data.DataError, match="no images in class folder annotations"):
+        data.load("folder", photos)
+    Image.new("L", (32, 32)).save(photos / "annotations" / "a.png")
+    said = "2 images, 2 classes (annotations, labels), 6 files left out (.csv, .png, .txt, hidden)"
+    assert str(data.load("folder", photos)) == said
+
+
+def test_a_dataset_without_classes_may_have_splits(tmp_path):
+    faces = image_tree(tmp_path / "faces", classes=("train", "test"))
+    train, test = (data.load("folder", faces, split) for split in ("train", "test"))
+    assert str(train) == f"3 images (in {faces}/train; no class folders), 1 class (faces)"
+    assert test.classes == ["faces"] and test.images[0, 0, 0, 0] == 50
+    image_tree(faces, classes=("bus",))             # beside another class they are classes
+    assert data.load("folder", faces).classes == ["bus", "test", "train"]
 
 
 def test_names_that_are_not_utf_8_are_names_too(tmp_path):
@@ -219,8 +248,9 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         data.load("folder", image_tree(tmp_path / "no_split"), "test")
     with pytest.raises(data.DataError, match="nothing_here"):
         data.load("folder", tmp_path / "nothing_here")
-    with pytest.raises(data.DataError, match="give its parent"):
-        data.load("folder", image_tree(tmp_path / "parent") / "cat")
+    (tmp_path / "without").mkdir()
+    with pytest.raises(data.DataError, match="without has no class folders, and no images"):
+        data.load("folder", tmp_path / "without")
     (image_tree(tmp_path / "tree") / "empty_class").mkdir()
     with pytest.raises(data.DataError, match="empty_class"):
         data.load("folder", tmp_path / "tree")
@@ -233,6 +263,7 @@ def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
     pixels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 32, 32)
     dataset = data.Dataset(pixels, torch.arange(n), [])
     batches = data.Batches(dataset, 20, seed=1, device="cpu")
+    assert batches.images.data_ptr() == pixels.data_ptr()           # not a copy
     labels = [batches(step)[1] for step in range(10)]
     stream = torch.cat(labels)
     for epoch in range(4):

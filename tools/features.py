@@ -132,6 +132,9 @@ def main(argv=None):
     recipe = FIGURES if args.dataset == "shapes" else PHOTOGRAPHS
     args.epochs = args.epochs or recipe["epochs"]
     dataset = read(args, "train")
+    if len(dataset.classes) == 1:
+        raise errors.UsageError(f"--dataset {args.dataset} has one class, {dataset.classes[0]}, and a classifier "
+                                "needs two: measure with Inception, or with tools.imagenet_features")
     torch.manual_seed(args.seed)
     net = Classifier(recipe["body"](), recipe["width"], len(dataset.classes))
     net = net.to(device, memory_format=torch.channels_last)
