@@ -255,5 +255,5 @@ def add_features(parser):
     )
     parser.add_argument(
         "--cache_dir", type=path, default="~/.cache/dmd2",
-        help="keeps the features of datasets, and the 32x32 images of folders that take more than a second to read"
+        help="keeps the features of datasets, and the resized images of folders that take more than a second to read"
     )
