@@ -1,6 +1,6 @@
 """Datasets as tensors in memory, and batches that are a function of (seed, step).
 
-    dataset = load("cifar10", "data")        # or "folder", "shapes"
+    dataset = load("cifar10", "data")        # or another of DATASETS
     batches = Batches(dataset, batch_size=128, seed=0, device=device)
     images, labels = batches(step)
 

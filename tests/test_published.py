@@ -173,7 +173,7 @@ def test_what_was_extracted_and_is_damaged_is_said(tmp_path, monkeypatch):
     data.load("mnist", tmp_path)
     raw = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     content = raw.read_bytes()
-    for damage in content[:-100], content[:10], b"":
+    for damage in content[:-100], content[:10], b"", bytes(100):
         raw.write_bytes(damage)
         with pytest.raises(data.DataError, match=r"extracted of mnist below .* is not whole \(.+\); either remove it"):
             data.load("mnist", tmp_path)
