@@ -49,7 +49,7 @@ def class_indices(names, classes):
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for name in names:
         if name not in numbers:
-            raise errors.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {', '.join(classes)}")
+            raise errors.UsageError(f"--labels {name}: the classes are 0..{len(classes) - 1}: {few(classes)}")
     return [numbers[name] for name in names]
 
 

@@ -51,7 +51,7 @@ def teacher_parser(argv=None):
 
 def parse_teacher(argv=None):
     """The flags of train0.py, and the checkpoint to resume from or None."""
-    from support import resume, teachers
+    from support import data, resume, teachers
 
     parser = teacher_parser(argv)
 
@@ -61,6 +61,7 @@ def parse_teacher(argv=None):
         return preset, presets.of_size(size, presets.TEACHER.get(preset, {}))
 
     args, state = resume.parse(parser, "teacher", choose, argv, TEACHER_FIXED)
+    args.flip = data.named(args, state)[2]
     if args.init and not state:
         teachers.take_shape(args)
     if args.sigma_min >= args.sigma_max:

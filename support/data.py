@@ -1,6 +1,6 @@
 """Datasets as tensors in memory, and batches that are a function of (seed, step).
 
-    dataset = load("cifar10", "data")        # or "folder", "shapes"
+    dataset = load("cifar10", "data")        # or another of DATASETS
     batches = Batches(dataset, batch_size=128, seed=0, device=device)
     images, labels = batches(step)
 
@@ -8,7 +8,6 @@ A whole dataset of small images is small (CIFAR-10: 150 MB as uint8; 100,000 ima
 the device and needs no loader workers.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from support import image_cache, image_files, networks, pixels, processes, shapes
+from support import image_cache, image_files, networks, processes, published, shapes
 from support.errors import UsageError
 from support.flags import DATASETS
 from support.image_files import DataError, few, number
+from support.published import PUBLISHED
 
 SHAPES_TRAIN_IMAGES = 20_000
 # Folders of these names hold a part of the dataset, each with the same classes.
@@ -56,8 +55,9 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
     """Read a dataset into memory.
 
     Args:
-        name: "cifar10" (downloaded to data_dir if it is not there), "folder" (a tree data_dir/<class>/<image> or
-            data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find), or "shapes" (drawn).
+        name: one of PUBLISHED (downloaded to data_dir if it is not there), "folder" (a tree data_dir/<class>/<image> or
+            data_dir/<split>/<class>/<image>; images may lie deeper, see image_files.find; or images of one class, named
+            after the folder, in data_dir or data_dir/<split>), or "shapes" (drawn).
         split: "train" or "test".
         cache_dir: where a large folder's images are kept, for the next time; None: nowhere.
         size: height and width of the images, in pixels.
@@ -71,66 +71,30 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
         # Seeds 0 and 1 are the two splits; any other seed is a fresh sample.
         images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1, size=size)
         return Dataset(torch.from_numpy(images), torch.from_numpy(labels), list(shapes.CLASSES))
-    if name == "cifar10":
-        return load_cifar10(Path(data_dir), split, size)
+    if name in PUBLISHED:
+        return Dataset(*published.load(name, Path(data_dir), split, size))
     return load_folder(Path(data_dir), split, cache_dir, size)
-
-
-def load_cifar10(root, split, size=32):
-    from torchvision import datasets
-
-    absent = [folder for folder in (root, *root.parents) if not folder.exists()]
-    try:
-        cifar = datasets.CIFAR10(root, train=split == "train", download=True)
-    except Exception as error:                      # torchvision raises whatever urllib, tarfile and pickle do
-        for folder in absent:                       # torchvision made it for the download that failed
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        cifar, reason = datasets.CIFAR10, " ".join(str(error).split())
-        archive = root / cifar.filename
-        damaged = archive.exists() and not datasets.utils.check_integrity(archive, cifar.tgz_md5)
-        raise DataError(
-            f"{f'{archive} is damaged' if damaged else f'CIFAR-10 is not complete in {root}'} and could not be "
-            f"downloaded ({reason}); either put a whole {archive.name} into {root}, or train on other images: "
-            "--dataset folder --data_dir DIR, or --dataset shapes"
-        ) from error
-    return Dataset(fitted(cifar.data, size), torch.tensor(cifar.targets), cifar.classes)
-
-
-def fitted(images, size):
-    """Images, uint8 [N, H, W, 3], as a tensor [N, 3, size, size], resized as those of folders are where they differ."""
-    if images.shape[1:3] == (size, size):
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    found = np.empty((len(images), 3, size, size), np.uint8)
-
-    def fit(rows):
-        for i in rows:
-            image = pixels.centre(pixels.resized(Image.fromarray(images[i]), size), size)
-            found[i] = np.asarray(image).transpose(2, 0, 1)
-        return []
-
-    image_files.parallel(fit, range(len(images)))
-    return torch.from_numpy(found)
 
 
 def load_folder(root, split, cache_dir=None, size=32):
     root, data_dir = split_folder(root, split), root
     folders = class_folders(root)
     loose = sorted({*root.iterdir()} - {*folders})
-    if not folders:
-        a_class = any(image_files.is_image(path) for path in loose)
-        advice = ", only images: give its parent, if it is a class" if a_class else ""
-        raise DataError(f"--data_dir {root} has no class folders{advice}")
-    seen = {os.path.realpath(root)}
+    seen, notes = {os.path.realpath(root)}, [f"in {root}"] if root != data_dir else []
     found = [image_files.find(folder, seen) for folder in folders]
+    classes = [folder.name for folder in folders]
+    if holds_images(root) and not any(images for images, _ in found):
+        classes, folders, found, loose = [Path(os.path.abspath(data_dir)).name], [root], [image_files.find(root)], []
+        notes += ["no class folders"]
+    if not folders:
+        raise DataError(f"--data_dir {root} has no class folders, and no images")
     empty = [folder.name for folder, (images, _) in zip(folders, found, strict=True) if not images]
     if empty:
         raise DataError(f"no images in class folder {few(empty)} of {root}, or only such as another class has")
     paths = [path for images, _ in found for path in images]
     read = (image_cache.read, paths, root, cache_dir) if cache_dir else (image_files.read, paths)
-    images, notes = read[0](*read[1:], size)
+    images, converted = read[0](*read[1:], size)
     labels = torch.cat([torch.full((len(some),), label) for label, (some, _) in enumerate(found)])
-    notes = [f"in {root}", *notes] if root != data_dir else notes
     inner = [folder.name for folder in class_folders(folders[0])]
     if len(folders) == 1 and len(inner) > 1 and all(path.parent != folders[0] for path in paths):
         processes.main_only(print)(
@@ -138,11 +102,11 @@ def load_folder(root, split, cache_dir=None, size=32):
             f"give --data_dir {folders[0]}", file=sys.stderr
         )
     left_out = loose + [path for _, others in found for path in others]
-    return Dataset(images, labels, [folder.name for folder in folders], left_out, notes)
+    return Dataset(images, labels, classes, left_out, notes + converted)
 
 
 def split_folder(root, split):
-    """The folder whose folders are the classes: root/split if that has folders, else root.
+    """The folder whose folders are the classes, or that holds images of one kind: root/split if that does, else root.
 
     Raises:
         DataError: there is none, or it may be the one or the other.
@@ -153,14 +117,15 @@ def split_folder(root, split):
     others = [folder for folder in folders if folder.name.lower() not in SPLITS]
     names = [folder.name for folder in folders]
     inner = class_folders(root / split) if split in names else []
-    if inner:
+    if inner or (split in names and holds_images(root / split)):
         beside = [folder.name for folder in others if image_files.find(folder)[0]]
-        if beside:
+        if inner and beside:
             raise DataError(
                 f"--data_dir {root}: is {split} a class beside {few(beside)}, or the images of a split, with the "
                 f"classes {few([folder.name for folder in inner])}? Rename it, or give --data_dir {root / split}"
             )
-        return root / split
+        if not beside:
+            return root / split
     if split != "train":
         raise DataError(f"--data_dir {root} has no folder {split}")
     if folders and not others:
@@ -178,14 +143,23 @@ def split_folder(root, split):
     return root
 
 
-def class_folders(root):
-    """The folders in root that can be classes, by name."""
+def entries(root):
+    """What root holds, except for what image_files.skipped() names: a list of os.DirEntry, by name."""
     try:
-        with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not image_files.skipped(entry.name))
+        with os.scandir(root) as found:
+            return sorted((e for e in found if not image_files.skipped(e.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"cannot read folder {root}: {error.strerror}") from error
-    return [root / name for name in names]
+
+
+def class_folders(root):
+    """The folders in root that can be classes, by name."""
+    return [root / entry.name for entry in entries(root) if entry.is_dir()]
+
+
+def holds_images(root):
+    """Whether there are images in root itself."""
+    return any(image_files.is_image(Path(entry.name)) and not entry.is_dir() for entry in entries(root))
 
 
 def to_float(images):
@@ -248,12 +222,17 @@ class Batches:
 
 
 def named(args, state):
-    """--dataset, --data_dir and --flip, or what the checkpoint's network was trained on where they were not given."""
+    """--dataset, --data_dir and --flip, or what the checkpoint's network was trained on where they were not given.
+
+    Of other images --flip is 1, but 0 for those of digits.
+    """
     known = state.get("settings", {}) if state else {}
     dataset = args.dataset or known.get("dataset")
     known = known if dataset == known.get("dataset") else {}
     flip = getattr(args, "flip", None)
-    return dataset, args.data_dir or known.get("data_dir") or "data", known.get("flip", 1) if flip is None else flip
+    if flip is None:
+        flip = known.get("flip", PUBLISHED[dataset].flip if dataset in PUBLISHED else 1)
+    return dataset, args.data_dir or known.get("data_dir") or "data", flip
 
 
 def trained_on(state):

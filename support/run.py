@@ -18,6 +18,7 @@ from tqdm import tqdm
 from support import checkpoint, hardware, processes, records, resume
 from support.errors import RunError
 from support.meter import Meter, NonFiniteError
+from support.pictures import MAX_ROWS
 from support.run_folder import RunFolder
 from support.signals import StopSignal
 
@@ -75,7 +76,8 @@ class Run:
         self.bar.close()
         self.folder.close()
         how = "stopped; continue with --resume" if self.stopping else "done"
-        file, grids = self.path / checkpoint.NAME, self.path / "grids"
+        file, grids, classes = self.path / checkpoint.NAME, self.path / "grids", len(self.describe()["classes"])
+        grids = f"{grids}, of {MAX_ROWS} of {classes} classes" if classes > MAX_ROWS else grids
         processes.main_only(print)(f"{how}: step {self.step} of {self.args.steps}, {file}, grids in {grids}")
         processes.wait()                            # a process that ends would take down one that still writes
         if self.stopping and self.stop.exit_code():

@@ -7,7 +7,7 @@ import torch
 
 from support import checkpoint, networks, processes, resume, shapes
 from support.errors import UsageError
-from support.image_files import few
+from support.image_files import few, number
 
 
 def path(args, say=True):
@@ -116,7 +116,7 @@ def load(args, state, needing_images=()):
     source["teacher_digest"] = networks.digest(source["model_ema"])
     planned = source.get("settings", {}).get("steps", 0)
     step = f"step {source['step']}" + (f" of {planned}" if source["step"] < planned else "")
-    classes = f"{len(source['classes'])} classes ({few(source['classes'])})"
+    classes = f"{number(len(source['classes']), 'class', 'classes')} ({few(source['classes'])})"
     processes.main_only(print)("; ".join([f"teacher: {checkpoint.find(args.teacher)}, {step}, {classes}", *left_out]))
     return source, teacher, guide
 

@@ -1,13 +1,9 @@
 import argparse
 import hashlib
-import pickle
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import image_tree
 from PIL import Image
 
@@ -176,7 +172,7 @@ def test_classes_that_may_be_a_split_are_refused(tmp_path):
     years = [f"{name}/{year}" for name in ("car", "bus", "train") for year in (2019, 2020)]
     refused(r"is train a class beside bus, car, or the images of a split, with the classes 2019, 2020\?", *years)
     refused("no class folders, only Test, Train, names of splits: .*train/<class>", "Train/cat", "Test/cat")
-    refused("no class folders, only train, a name of splits", "train")
+    refused("no class folders, only training, a name of splits", "training")
     refused("class folder cat has the splits test, train", "cat/train", "cat/test", "dog/train")
 
 
@@ -189,6 +185,35 @@ def test_it_says_which_folders_are_the_classes(tmp_path, capsys):
     wrapped = nested(tmp_path / "wrapped", "all/cat", "all/dog")
     assert data.load("folder", wrapped).classes == ["all"]
     assert f"if the folders in it are classes (cat, dog), give --data_dir {wrapped}/all" in capsys.readouterr().err
+
+
+def test_images_without_class_folders_are_one_class_named_after_the_folder(tmp_path, monkeypatch, capsys):
+    photos = image_tree(tmp_path, classes=("photos",)) / "photos"
+    assert str(data.load("folder", photos)) == "3 images (no class folders), 1 class (photos)"
+    for name in ("annotations/boxes.txt", "labels/list.csv", "._0.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"\0")
+    dataset = data.load("folder", photos)
+    assert str(dataset).endswith("(no class folders), 1 class (photos), 3 files left out (.csv, .txt, hidden)")
+    assert dataset.images[:, 1, 0, 0].tolist() == [0, 10, 20] and dataset.labels.tolist() == [0, 0, 0]
+    monkeypatch.chdir(photos)
+    assert data.load("folder", ".").digest() == dataset.digest() and capsys.readouterr().err == ""
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (32, 32)).save(photos / "labels" / "a.png")      # is it a class, beside one that is empty?
+    with pytest.raises(data.DataError, match="no images in class folder annotations"):
+        data.load("folder", photos)
+    Image.new("L", (32, 32)).save(photos / "annotations" / "a.png")
+    said = "2 images, 2 classes (annotations, labels), 6 files left out (.csv, .png, .txt, hidden)"
+    assert str(data.load("folder", photos)) == said
+
+
+def test_a_dataset_without_classes_may_have_splits(tmp_path):
+    faces = image_tree(tmp_path / "faces", classes=("train", "test"))
+    train, test = (data.load("folder", faces, split) for split in ("train", "test"))
+    assert str(train) == f"3 images (in {faces}/train; no class folders), 1 class (faces)"
+    assert test.classes == ["faces"] and test.images[0, 0, 0, 0] == 50
+    image_tree(faces, classes=("bus",))             # beside another class they are classes
+    assert data.load("folder", faces).classes == ["bus", "test", "train"]
 
 
 def test_names_that_are_not_utf_8_are_names_too(tmp_path):
@@ -209,7 +234,8 @@ def test_the_line_about_the_dataset_tells_of_mirroring_and_of_the_cache(tmp_path
     monkeypatch.setattr(image_cache, "WORTH_KEEPING", 0)
     monkeypatch.setattr(image_cache, "SETTLED", -60)
     cache = str(tmp_path / "cache")
-    args = argparse.Namespace(dataset="folder", data_dir=str(image_tree(tmp_path / "tree")), cache_dir=cache, flip=1)
+    folder = str(image_tree(tmp_path / "tree"))
+    args = argparse.Namespace(dataset="folder", data_dir=folder, image_size=32, cache_dir=cache, flip=1)
     first = data.from_flags(args)
     mirrored = "; half of the images are mirrored (--flip 1)\n"
     assert capsys.readouterr().out == "folder: 6 images, 2 classes (cat, dog)" + mirrored
@@ -223,8 +249,9 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         data.load("folder", image_tree(tmp_path / "no_split"), "test")
     with pytest.raises(data.DataError, match="nothing_here"):
         data.load("folder", tmp_path / "nothing_here")
-    with pytest.raises(data.DataError, match="give its parent"):
-        data.load("folder", image_tree(tmp_path / "parent") / "cat")
+    (tmp_path / "without").mkdir()
+    with pytest.raises(data.DataError, match="without has no class folders, and no images"):
+        data.load("folder", tmp_path / "without")
     (image_tree(tmp_path / "tree") / "empty_class").mkdir()
     with pytest.raises(data.DataError, match="empty_class"):
         data.load("folder", tmp_path / "tree")
@@ -232,59 +259,12 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         data.load("imagenet")
 
 
-def test_cifar10_is_read_from_the_archive_that_is_already_there(tmp_path, monkeypatch):
-    """A small archive in CIFAR-10's own format: rows of 1024 red, 1024 green and 1024 blue values."""
-    rng = np.random.default_rng(0)
-    batches = {f"data_batch_{i}": 3 for i in range(1, 6)} | {"test_batch": 2}
-    content = {
-        name: {"data": rng.integers(0, 256, (n, 3072), np.uint8), "labels": rng.integers(0, 10, n).tolist()}
-        for name, n in batches.items()
-    }
-    names = [f"class {i}" for i in range(10)]
-    cifar = torchvision.datasets.CIFAR10
-    hashes = {}
-    with tarfile.open(tmp_path / cifar.filename, "w:gz") as archive:
-        for name, value in [*content.items(), ("batches.meta", {"label_names": names})]:
-            file = tmp_path / name
-            file.write_bytes(pickle.dumps(value))
-            hashes[name] = hashlib.md5(file.read_bytes()).hexdigest()
-            archive.add(file, f"{cifar.base_folder}/{name}")
-            file.unlink()
-    monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5((tmp_path / cifar.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(cifar, "train_list", [[name, hashes[name]] for name in batches if name != "test_batch"])
-    monkeypatch.setattr(cifar, "test_list", [["test_batch", hashes["test_batch"]]])
-    monkeypatch.setattr(cifar, "meta", dict(cifar.meta, md5=hashes["batches.meta"]))
-    for split in "train", "test":
-        wanted = [value for name, value in content.items() if (name == "test_batch") == (split == "test")]
-        dataset = data.load("cifar10", tmp_path, split)
-        pixels = np.concatenate([value["data"] for value in wanted]).reshape(-1, 3, 32, 32)
-        assert torch.equal(dataset.images, torch.from_numpy(pixels)) and dataset.classes == names
-        assert dataset.labels.tolist() == [label for value in wanted for label in value["labels"]]
-
-
-def test_cifar10_without_a_download_tells_the_alternatives(tmp_path, monkeypatch):
-    def no_network(url, root, **kwargs):
-        Path(root).mkdir(parents=True)              # as torchvision does before it asks
-        raise OSError("no network")
-
-    def unreachable(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
-    with pytest.raises(data.DataError, match=r"cifar-10-python.tar.gz.*--dataset folder.*--dataset shapes"):
-        data.load("cifar10", tmp_path / "new" / "data")
-    assert not any(tmp_path.iterdir())              # no empty folder is left behind
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut")
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
-    with pytest.raises(data.DataError, match=r"/cifar-10-python.tar.gz is damaged .*no network.* put a whole"):
-        data.load("cifar10", tmp_path)
-
-
 def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
     n = 50
     pixels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 32, 32)
     dataset = data.Dataset(pixels, torch.arange(n), [])
     batches = data.Batches(dataset, 20, seed=1, device="cpu")
+    assert batches.images.data_ptr() == pixels.data_ptr()           # not a copy
     labels = [batches(step)[1] for step in range(10)]
     stream = torch.cat(labels)
     for epoch in range(4):

@@ -20,7 +20,7 @@ import evaluate
 import sample
 import train
 import train0
-from support import data, errors, flags, records, shapes
+from support import data, errors, flags, published, records, shapes
 from tools import average, benchmark, export, features
 
 RUNS_PER_FLAG = int(os.environ.get("DMD2_RUNS_PER_FLAG", 0))
@@ -131,7 +131,8 @@ def files(folder):
 def works_with(name, action, base, valid):
     """Values that a flag must accept: its choices, its value in `valid`, and that of the base call or its default."""
     flag = action.option_strings[0]
-    found = [value for value in action.choices or [] if value != "cifar10"]         # which a run would download
+    # Not the datasets that a run would download.
+    found = [value for value in action.choices or [] if value not in published.PUBLISHED]
     found.append(valid.get(flag))
     found.append(base[name][base[name].index(flag) + 1] if flag in base[name] else action.default)
     return [str(value) for value in found if isinstance(value, str | int | float)]

@@ -1,6 +1,7 @@
 """The cache of images: read where nothing has changed, and never stale."""
 
 import os
+import tracemalloc
 
 import numpy as np
 import PIL
@@ -53,6 +54,20 @@ def test_two_sizes_of_a_folder_are_kept_side_by_side(folder):
             assert images.shape == (3, 3, size, size) and images[:, 0, 0, 0].tolist() == [0, 50, 100]
             assert len(notes) == times
     assert len(list(cache.iterdir())) == 3
+
+
+def test_images_need_little_more_memory_than_their_array(tmp_path):
+    paths = [tmp_path / "photos" / f"{i}.bmp" for i in range(60)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        write(path, 7)
+    for source in "files", "cache":
+        tracemalloc.start()
+        images, notes = image_cache.read(paths, tmp_path / "photos", tmp_path / "cache", 512)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(notes) == (source == "cache")
+        assert images.numel() <= peak < 1.75 * images.numel()       # numpy writes 16 MiB at a time
 
 
 def swap(folder):

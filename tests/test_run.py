@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, call, teacher_flags
+from conftest import ROOT, call, image_tree, teacher_flags
+from PIL import Image
 
 import train0
 from support import checkpoint, run, signals
@@ -38,6 +39,15 @@ def test_a_closed_terminal_stops_a_run_saved(tmp_path, tree):
     os.close(terminal)
     assert process.wait(60) == 128 + signal.SIGHUP
     assert checkpoint.load(folder)["step"] > 3 and len(os.listdir(folder / "grids")) == 1
+
+
+def test_a_run_says_how_many_classes_its_grids_show(tmp_path, capsys):
+    tree = image_tree(tmp_path / "tree", classes=[f"class {i:02}" for i in range(20)], n=1)
+    assert call(train0, *teacher_flags(str(tree)), "--steps", "1", "--run_dir", str(tmp_path / "run")) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith("grids, of 16 of 20 classes")
+    with Image.open(tmp_path / "run" / "grids" / "0000001_teacher.png") as grid:
+        assert grid.size == (8 * 34 + 2, 16 * 34 + 2)
 
 
 def test_what_nohup_ignores_stays_ignored(monkeypatch):

@@ -10,6 +10,7 @@ import sample
 import train
 import train0
 from support import checkpoint
+from tools import features
 
 # A script, flags of a wrong call of it, and what the error line must say.
 WRONG = [
@@ -50,6 +51,7 @@ WRONG = [
     (sample, ["--checkpoint", "{teacher}", "--cfg_scale", "2"], "--cfg_scale 2.0 needs"),
     (train0, ["--dataset", "imagenet"], "--dataset"),
     (train0, ["--dataset", "folder", "--data_dir", "{tree}/cat/0.png"], "--data_dir {tree}/cat/0.png"),
+    (features, ["--dataset", "folder", "--data_dir", "{tree}/cat"], "--dataset folder has one class, cat, and a"),
     (train0, ["--dataset", "shapes", "--device", "meta"], "--device"),
     (train0, ["--resume", "--overwrite"], "--resume and --overwrite exclude one another"),
     (train0, ["--dataset", "folder", "--data_dir", "no_such_folder"], "--data_dir no_such_folder"),

@@ -231,7 +231,8 @@ def main(argv=None):
         what="milliseconds a step; fraction of this machine's measured matrix product", matmul_gflops=peak / 1e9,
         bf16=bf16, compiled=args.compile, batch_size=args.batch_size, repeats=args.repeats,
         **(dict(teacher=args.teacher) if args.teacher else dict(channels=args.channels, image_size=args.image_size)),
-        optimizer=args.optimizer, seed=args.seed, parts=parts, **hardware.peak_memory(device), seconds=round(time.perf_counter() - began, 1),
+        optimizer=args.optimizer, seed=args.seed, parts=parts, **hardware.peak_memory(device),
+        seconds=round(time.perf_counter() - began, 1),
     )
     records.write_json(args.out, report, device)
     print(args.out)

@@ -128,10 +128,14 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    args.flip = data.named(args, None)[2]
     device = hardware.start(args)
     recipe = FIGURES if args.dataset == "shapes" else PHOTOGRAPHS
     args.epochs = args.epochs or recipe["epochs"]
     dataset = read(args, "train")
+    if len(dataset.classes) == 1:
+        raise errors.UsageError(f"--dataset {args.dataset} has one class, {dataset.classes[0]}, and a classifier "
+                                "needs two: measure with Inception, or with tools.imagenet_features")
     torch.manual_seed(args.seed)
     net = Classifier(recipe["body"](args.image_size), recipe["width"], len(dataset.classes))
     net = net.to(device, memory_format=torch.channels_last)
