@@ -137,6 +137,9 @@ def main(argv=None):
         check_labels(args.npz, labels, dataset)
     extractor = validation.extractor(args, size, device)
 
+    if state and args.num_images < len(state["classes"]) and processes.MAIN:
+        many = f"{len(state['classes'])} classes, --num_images {args.num_images}"
+        print(f"note: {many}: images of the first {args.num_images} classes only", file=sys.stderr)
     start = time.perf_counter()
     real = processes.main_only(metrics.reference)(dataset.images, extractor, args.cache_dir)
     runs, making = [], 0.0

@@ -103,11 +103,11 @@ def main(argv=None):
         large = pictures.side_by_side(*grids).repeat_interleave(2, 1).repeat_interleave(2, 2)
         files.write(args.out, lambda file: pictures.save_png(large, file))
         if args.start:
-            labels = torch.arange(8 * num_classes, device=device) % num_classes
-            z = noise(0, len(labels))
+            rows, labels, draw = pictures.grid_inputs(args.seed, num_classes, model.shape[-1], device)
+            z = draw(0)
             first = guidance.real_unet(levels[0] * z, levels[0], labels)            # the teacher's own single step
             made = model.generate(z, labels, StepRandom(args.seed, 0, device), len(levels))
-            start = pictures.side_by_side(*(pictures.class_grid(x, num_classes) for x in (first, made)))
+            start = pictures.side_by_side(*(pictures.class_grid(x, rows) for x in (first, made)))
             files.write(args.start, lambda file: pictures.save_png(start, file))
     print(", ".join(filter(None, (args.out, args.start))))
 
