@@ -60,14 +60,32 @@ STUDENT["edm"] = dict(
     ema_decay=0.9999, conditioning_sigma=80.0, gen_cls_loss_weight=1e-3, warmup_steps=0, compile=True,
 )
 
+# For EDM's networks of 64x64, as published with other code; not run here. By arithmetic DMD2's 200,000 steps take an
+# H200 158 hours. Real images of ImageNet: --dataset folder --data_dir DIR.
+# DMD2 itself (github.com/tianweiy/DMD2, experiments/imagenet, FID 1.51): it has no EMA, and AdamW instead of Adam.
+STUDENT["edm_imagenet64"] = dict(
+    batch_size=280, accumulate=7, steps=200_000, dfake_gen_update_ratio=5, generator_lr=2e-6, guidance_lr=2e-6,
+    ema_decay=0.0, conditioning_sigma=80.0, gen_cls_loss_weight=3e-3, cls_loss_weight=1e-2, warmup_steps=500,
+    compile=True,
+)
+# SiD's settings (github.com/mingyuanzhou/SiD, run_sid.sh), for its start noise, batch and rates; the loss is DMD2's.
+STUDENT["edm_ffhq64"] = dict(
+    batch_size=512, accumulate=8, steps=973_000, dfake_gen_update_ratio=1, generator_lr=1e-5, guidance_lr=1e-5,
+    ema_decay=0.9993, conditioning_sigma=2.5, min_step_percent=0.0, max_step_percent=0.8, warmup_steps=0, compile=True,
+)
+STUDENT["edm_afhqv2_64"] = dict(
+    STUDENT["edm_ffhq64"], steps=726_000, generator_lr=5e-6, guidance_lr=5e-6,
+)
+MADE_FOR = dict(edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64)     # the size of their images; all others: 32
 
-def of_size(size, values):
-    """A preset's values for images of this height and width: all its noise levels times size / 32.
+
+def for_size(presets, name, size):
+    """The values of a preset, none of "none", for images of this height and width: its noise levels grow with the size.
 
     The mean of 2x2 pixels has half of their noise, so that an image of twice the size shows as much at twice the noise
     (simple diffusion, Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1).
     """
-    factor, values = size / IMAGE_SIZE, dict(values)
+    values, factor = dict(presets.get(name, {})), size / MADE_FOR.get(name, IMAGE_SIZE)
     for name, value in values.items() if factor != 1 else ():
         if name == "p_mean":                        # of ln(sigma)
             values[name] = round(value + math.log(factor), 4)

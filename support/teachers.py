@@ -19,8 +19,10 @@ def choose_preset(args):
     """The name of the student's preset for the teacher of --teacher and the machine; and the size of its images."""
     state = checkpoint.load(path(args, say=False), kind="teacher")
     preset, config = resume.choose_preset(args, figures=state["classes"] == shapes.CLASSES), state["model_config"]
-    preset = "edm" if preset == "cifar10_gpu" and config.get("network") == "EDMUNet" else preset
-    return preset, image_size(args.teacher, state)
+    size = image_size(args.teacher, state)
+    if preset == "cifar10_gpu" and config.get("network") == "EDMUNet":
+        preset = "edm" if size == 32 else "edm_imagenet64" if config["label_dim"] else "edm_ffhq64"
+    return preset, size
 
 
 def image_size(path, state=None):

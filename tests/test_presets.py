@@ -77,7 +77,10 @@ def test_a_student_takes_the_preset_of_its_teacher(tmp_path, monkeypatch, teache
     ))
     assert train.parse_args(["--teacher", "a.pt"])[0].preset == "demo"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for path, wanted in ((teacher, "cifar10_gpu"), (f"{ROOT}/tests/data/edm-tiny.pkl", "edm")):
+    for path, wanted in (
+        (teacher, "cifar10_gpu"), (f"{ROOT}/tests/data/edm-tiny.pkl", "edm"),
+        (f"{ROOT}/tests/data/edm-tiny-64.pkl", "edm_ffhq64"), (f"{ROOT}/tests/data/edm-tiny-adm.pkl", "edm_imagenet64"),
+    ):
         assert train.parse_args(["--teacher", path])[0].preset == wanted
 
 
@@ -160,6 +163,8 @@ def test_a_preset_for_larger_images_has_more_noise(tmp_path, monkeypatch):
     assert train.parse_args(given)[0].conditioning_sigma == 6.0                     # of preset demo, by the classes
 
 
-@pytest.mark.parametrize("values", [*presets.TEACHER.values(), *presets.STUDENT.values()])
-def test_a_preset_is_for_images_of_32x32(values):
-    assert presets.of_size(32, values) == values
+@pytest.mark.parametrize("kind", [presets.TEACHER, presets.STUDENT])
+def test_at_its_own_size_a_preset_is_as_it_is_written(kind):
+    for name, values in kind.items():
+        assert presets.for_size(kind, name, presets.MADE_FOR.get(name, 32)) == values
+    assert presets.for_size(kind, "none", 64) == {}
