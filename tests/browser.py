@@ -64,12 +64,13 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, condition):
-        """Wait until a JavaScript expression is true."""
-        self.value(f"""new Promise((done, fail) => {{
-            setTimeout(fail, {1000 * SECONDS}, "not within {SECONDS} seconds")
-            const look = () => {condition} ? done() : setTimeout(look, 20)
-            look()
-        }})""")
+        """Wait until a JavaScript expression is true, of this page or of the one that it loads next."""
+        for _ in range(50 * SECONDS):
+            if self.value(f"(() => {{ try {{ return !!({condition}) }} catch {{ return false }} }})()"):
+                return
+            time.sleep(0.02)
+        shown = self.value("document.body.innerText")
+        raise AssertionError(f"not within {SECONDS} seconds: {condition}; the page says: {shown}")
 
     def open(self, url):
         self.send("Page.navigate", url=url)

@@ -40,24 +40,32 @@ from support import checkpoint, errors, files, flags, networks, resume
 from support.data import to_uint8
 from support.randomness import image_noise
 from support.sampling import not_finite, refuse
+from tools import winograd
 
 PAGE = Path(__file__).resolve().parent / "page"
 RUNTIME = "onnxruntime-web@1.30.0"                  # and the SHA-512 of its archive, as npm publishes it
 RUNTIME_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 RUNTIME_FILES = {                                   # on the page <- in the archive; .js, as not all servers know .mjs
-    "onnxruntime.js": "package/dist/ort.wasm.bundle.min.mjs",
-    "onnxruntime.wasm": "package/dist/ort-wasm-simd-threaded.wasm",
+    "onnxruntime-wasm.js": "package/dist/ort.wasm.bundle.min.mjs",
+    "onnxruntime-wasm.wasm": "package/dist/ort-wasm-simd-threaded.wasm",
+    "onnxruntime-webgpu.js": "package/dist/ort.webgpu.bundle.min.mjs",
+    "onnxruntime-webgpu.wasm": "package/dist/ort-wasm-simd-threaded.asyncify.wasm",
 }
 CHECKED_IMAGES = 20
 
 
 class Generator(nn.Module):
-    """What is exported: (z, labels, renoise) -> images, uint8 [N, H, W, 3], and float [N, 3, H, W] if asked for."""
+    """What is exported: (z, labels, renoise) -> images, uint8 [N, H, W, 3], and float [N, 3, H, W] if asked for.
 
-    def __init__(self, state, float_output=False):
+    fast: with fewer products, for browsers; runtimes outside have fast convolutions of their own.
+    """
+
+    def __init__(self, state, float_output=False, fast=False):
         super().__init__()
         self.net, self.sigmas = networks.averaged(state), state["denoising_sigmas"]
         self.float_output = float_output
+        if fast:
+            winograd.replace(self.net)
 
     @torch.no_grad()
     def draw(self, z, labels, renoise=None):
@@ -176,7 +184,8 @@ def write_page(path, model, state, runtime):
 
     contents = {"generator.onnx": model, **runtime}
     sizes = {name: len(content) for name, content in contents.items()}
-    about = dict(classes=state["classes"], steps=len(state["denoising_sigmas"]), bytes=sizes)
+    size, steps = networks.image_size(state["model_config"]), len(state["denoising_sigmas"])
+    about = dict(classes=state["classes"], size=size, steps=steps, bytes=sizes)
     contents["generator.json"] = json.dumps(about).encode()
     contents |= {file.name: file.read_bytes() for file in PAGE.iterdir()}
     for name in ("LICENSE", "ThirdPartyNotices.txt"):
@@ -232,13 +241,18 @@ def main(argv=None):
         classes=json.dumps(state["classes"]), sigmas=json.dumps(state["denoising_sigmas"]),
         checkpoint_sha256=files.sha256(checkpoint.find(args.checkpoint)),
     )
-    model = to_onnx(generator, args.half, metadata).SerializeToString()
-    check(model, generator)
+    models = {}
+    for path, fast in ((args.out, False), (args.page, True)):
+        if path:
+            exported = Generator(state, args.float_output, fast) if fast else generator
+            models[path] = to_onnx(exported, args.half, metadata).SerializeToString()
+            check(models[path], generator)
     if args.out:
-        files.write(args.out, lambda file: file.write(model))
+        files.write(args.out, lambda file: file.write(models[args.out]))
     if args.page:
-        write_page(args.page, model, state, runtime)
-    print(f"{', '.join(filter(None, (args.out, args.page)))}: {len(model) / 1e6:.1f} MB")
+        write_page(args.page, models[args.page], state, runtime)
+    for path, model in models.items():
+        print(f"{path}: {len(model) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -74,12 +74,12 @@ function normal(uint32) {
   }
 }
 
-// Noise of one image: Float32Array [3 * 32 * 32]. walk, 0 .. 1: how far to go to that of seed + 1, along the arc on
+// Noise of one image: Float32Array [3 * size * size]. walk, 0 .. 1: how far to go to that of seed + 1, along the arc on
 // which all is unit noise.
-export function imageNoise(seed, image, draw = 0, walk = 0) {
+export function imageNoise(seed, image, size, draw = 0, walk = 0) {
   const unit = (seed) => {
     const uint32 = pcg64([seed, image, draw])
-    return Float32Array.from({length: 3 * 32 * 32}, () => normal(uint32))
+    return Float32Array.from({length: 3 * size * size}, () => normal(uint32))
   }
   if (!walk) return unit(seed)
   const a = Math.cos(walk * Math.PI / 2), b = Math.sin(walk * Math.PI / 2), to = unit(seed + 1)
