@@ -3,6 +3,7 @@
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # Their matrices: a tile of 4x4 pixels is A^T [(G g G^T) * (B^T d B)] A, for the filter g and its 6x6 pixels d.
@@ -35,15 +36,16 @@ class Winograd(nn.Module):
                         out[tiles * k + tile][at] = row[k]
         into, out = torch.tensor(into).float(), torch.tensor(out).float()           # B^T for all tiles, A^T likewise
         g = torch.tensor(G)
-        u = (self.weight.flatten(2) @ torch.kron(g, g).T).permute(2, 0, 1)          # [36, Cout, Cin]
+        # A 1x1 convolution: computed once, when the file is loaded, it needs no copy in another order, and less memory.
+        u = F.conv2d(self.weight.flatten(2).permute(2, 0, 1)[None], torch.kron(g, g)[..., None, None])
         v = (x @ into).transpose(2, 3) @ into                                       # [B, Cin, 6 T, 6 T]
-        v = v.reshape(n, c, 6, tiles, 6, tiles).permute(4, 2, 1, 0, 3, 5).reshape(36, c, n * tiles * tiles)
+        v = v.reshape(n, c, 6, tiles, 6, tiles).permute(4, 2, 1, 0, 3, 5).reshape(1, 36, c, n * tiles * tiles)
         y = (u @ v).reshape(6, 6, o, n, tiles, tiles).permute(3, 2, 1, 4, 0, 5).reshape(n, o, 6 * tiles, 6 * tiles)
         return (y @ out).transpose(2, 3) @ out + self.bias[:, None, None]
 
 
 def replace(net):
-    """Let a network's 3x3 convolutions of enough channels to gain by it compute so."""
+    """Let a network compute its 3x3 convolutions so, where they have enough channels to gain by it."""
     for parent in list(net.modules()):
         for name, conv in list(parent.named_children()):
             if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and min(conv.weight.shape[:2]) >= 16:
