@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from constants import IMAGE_SIZE
 from edm_unet import EDMUNet
 from model import SimpleUNet
 
@@ -12,7 +13,10 @@ NETWORKS = dict(SimpleUNet=SimpleUNet, EDMUNet=EDMUNet)
 
 def described(net):
     """What a checkpoint holds of a network besides its weights: the name of its class, and its arguments."""
-    return dict(net.config, network=type(net).__name__)
+    config = dict(net.config, network=type(net).__name__)
+    if image_size(config) != net.image_size:
+        raise ValueError(f"the config of {type(net).__name__} lacks its image_size, {net.image_size}")
+    return config
 
 
 def rebuild(config):
@@ -26,8 +30,7 @@ def rebuild(config):
 
 def image_size(config):
     """The height and width of the images of the network that described() described."""
-    with torch.device("meta"):
-        return rebuild(config).image_size
+    return config.get("image_size") or config.get("img_resolution", IMAGE_SIZE)     # as EDM calls it; none, formerly
 
 
 def averaged(state, device="cpu"):
