@@ -6,7 +6,7 @@
 Why each value, and what else was tried: docs/tuning.md. What each preset costs and brings: results/README.md.
 """
 
-import math
+
 
 from constants import IMAGE_SIZE, NUM_TRAIN_TIMESTEPS, RHO, SIGMA_MAX, SIGMA_MIN
 
@@ -79,24 +79,24 @@ STUDENT["edm_afhqv2_64"] = dict(
 MADE_FOR = dict(edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64)     # the size of their images; all others: 32
 
 
-def for_size(presets, name, size):
-    """The values of a preset, none of "none", for images of this height and width: its noise levels grow with the size.
+def for_size(name, size):
+    """The values of a student's preset, none of "none", for images of this height and width.
 
-    The mean of 2x2 pixels has half of their noise, so that an image of twice the size shows as much at twice the noise
-    (simple diffusion, Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1).
+    The noise levels grow with the size: the mean of 2x2 pixels has half of their noise, so that an image of twice the
+    size shows as much at twice the noise (simple diffusion, Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1). Not
+    those of a teacher's training: with twice the noise its images were speckled (docs/tuning.md), and EDM, too, has the
+    same at 32x32 and 64x64.
     """
-    values, factor = dict(presets.get(name, {})), size / MADE_FOR.get(name, IMAGE_SIZE)
-    for name, value in values.items() if factor != 1 else ():
-        if name == "p_mean":                        # of ln(sigma)
-            values[name] = round(value + math.log(factor), 4)
-        elif name == "conditioning_sigma":
-            values[name] = min(value * factor, SIGMA_MAX)
-        elif name == "cfg_interval":
-            values[name] = [sigma * factor for sigma in value]
-        elif name in ("min_step_percent", "max_step_percent"):
-            values[name] = round(times(value, factor), 4)
-        elif name == "diffusion_gan_max_timestep":
-            values[name] = round(NUM_TRAIN_TIMESTEPS * times(value / NUM_TRAIN_TIMESTEPS, factor))
+    values, factor = dict(STUDENT.get(name, {})), size / MADE_FOR.get(name, IMAGE_SIZE)
+    for flag, value in values.items() if factor != 1 else ():
+        if flag == "conditioning_sigma":
+            values[flag] = min(value * factor, SIGMA_MAX)
+        elif flag == "cfg_interval":
+            values[flag] = [sigma * factor for sigma in value]
+        elif flag in ("min_step_percent", "max_step_percent"):
+            values[flag] = round(times(value, factor), 4)
+        elif flag == "diffusion_gan_max_timestep":
+            values[flag] = round(NUM_TRAIN_TIMESTEPS * times(value / NUM_TRAIN_TIMESTEPS, factor))
     return values
 
 

@@ -57,8 +57,7 @@ def parse_teacher(argv=None):
 
     def choose(args):
         preset = parser.preset or resume.choose_preset(args, figures=args.dataset == "shapes")
-        size = teachers.image_size(args.init) if args.init else args.image_size
-        return preset, presets.for_size(presets.TEACHER, preset, size)
+        return preset, presets.TEACHER.get(preset, {})
 
     args, state = resume.parse(parser, "teacher", choose, argv, TEACHER_FIXED)
     args.flip = data.named(args, state)[2]
@@ -136,7 +135,7 @@ def parse_student(argv=None):
     def choose(args):
         chosen, size = teachers.choose_preset(args)
         preset = parser.preset or chosen
-        return preset, presets.for_size(presets.STUDENT, preset, size)
+        return preset, presets.for_size(preset, size)
 
     args, state = resume.parse(parser, "student", choose, argv, STUDENT_FIXED)
     check_student(args, state, parser.error)

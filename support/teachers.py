@@ -32,17 +32,21 @@ def image_size(path, state=None):
 
 
 def take_shape(args):
-    """Set --image_size, --channels and --blocks of train0.py to those of the teacher that --init names."""
+    """Set --channels and --blocks of train0.py to those of the teacher that --init names, and a missing --image_size.
+
+    Images may have another size than that teacher's, as no weight depends on it.
+    """
     config = checkpoint.load(args.init, kind="teacher")["model_config"]
     network = config.get("network", "SimpleUNet")
     if network != "SimpleUNet":
         raise UsageError(f"--init {args.init} holds a {network}: train0.py trains a SimpleUNet")
     with resume.restoring(args.init):
-        shape = dict(image_size=networks.image_size(config), channels=config["channels"], blocks=config["blocks"])
-        for name, value in shape.items():
-            if name in args.given and getattr(args, name) != value:
-                raise UsageError(f"--{name} {getattr(args, name)}: the teacher of --init has {value}")
-            setattr(args, name, value)
+        for name in ("channels", "blocks"):
+            if name in args.given and getattr(args, name) != config[name]:
+                raise UsageError(f"--{name} {getattr(args, name)}: the teacher of --init has {config[name]}")
+            setattr(args, name, config[name])
+        if "image_size" not in args.given:
+            args.image_size = networks.image_size(config)
 
 
 def begin_from(path, net, classes):
@@ -60,7 +64,9 @@ def begin_from(path, net, classes):
         if source["model_config"]["sigma_data"] != net.sigma_data:
             raise ValueError(f"its sigma_data is {source['model_config']['sigma_data']}, not {net.sigma_data}")
         net.load_state_dict(dict(source["model_ema"], **{"label_embedding.weight": rows}))
-    how = f", {len(known)} of {len(classes)} classes known to it"
+    size, how = networks.image_size(source["model_config"]), f", {len(known)} of {len(classes)} classes known to it"
+    if size != net.image_size:
+        how += f", from {size}x{size} to {net.image_size}x{net.image_size} pixels"
     processes.main_only(print)(f"begins from {checkpoint.find(path)}, step {source['step']}{how}")
 
 

@@ -96,7 +96,6 @@ def test_what_is_of_another_size_is_refused(tmp_path, teacher, features, capsys)
     data = ["--dataset", "folder", "--data_dir", str(image_tree(tmp_path / "images", n=128))]
     before = sorted(os.listdir(tmp_path))
     for script, flags, said in (
-        (train0, [*data, "--init", teacher, "--image_size", "64", "--run_dir", run], "--image_size 64: the teacher of"),
         (train0, [*data, "--run_dir", teacher, "--image_size", "64", "--resume"], "--image_size 64 differs from"),
         (train, ["--teacher", teacher, "--init", student, "--preset", "none", "--run_dir", run], "does not fit this"),
         (train, ["--teacher", teacher, "--guide", large, "--autoguidance_scale", "2", "--run_dir", run],
@@ -145,3 +144,15 @@ def test_what_is_exported_takes_noise_of_that_size(tmp_path):
     state = checkpoint.load(save_net(tmp_path / "net.pt", net, classes=["a", "b"]))
     generator = Generator(state)
     assert generator(**generator.example(3)).shape == (3, 16, 16, 3)
+
+
+def test_a_teacher_goes_on_at_another_size(tmp_path, teacher, tree, capsys):
+    flags = ["--dataset", "folder", "--data_dir", tree, "--init", teacher, *TINY, "--steps", "1", "--warmup_steps", "9"]
+    for size, given in ((64, ["--image_size", "64"]), (32, [])):
+        run = str(tmp_path / str(size))
+        assert call(train0, *flags, *given, "--lr", "1e-9", "--run_dir", run) == 0
+        state = checkpoint.load(run)
+        assert networks.image_size(state["model_config"]) == state["settings"]["image_size"] == size
+        weights = checkpoint.load(teacher)["model_ema"]
+        assert all(torch.allclose(value, weights[name], atol=1e-6) for name, value in state["model_ema"].items())
+        assert ("from 32x32 to 64x64 pixels" in capsys.readouterr().out) == (size == 64)

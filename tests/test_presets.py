@@ -1,6 +1,5 @@
 """Presets and defaults: which values a run takes from them, and how --help shows them."""
 
-import math
 import re
 from pathlib import Path
 
@@ -147,10 +146,8 @@ def test_help_shows_a_presets_values_and_the_flags_of_a_beginner_first(capsys):
     assert "default: 50000" in entries()["--steps"] and "default: 1900" in entries("--preset", "cifar10")["--steps"]
 
 
-def test_a_preset_for_larger_images_has_more_noise(tmp_path, monkeypatch):
+def test_a_student_of_larger_images_has_more_noise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args, _ = train0.parse_args(["--preset", "cifar10", "--dataset", "shapes", "--image_size", "64", "--lr", "0.5"])
-    assert args.p_mean == pytest.approx(presets.TEACHER["cifar10"]["p_mean"] + math.log(2), abs=1e-4)
     net = trained_net(channels=8, label_dim=10, image_size=64)
     teacher = save_net(tmp_path / "net.pt", net, kind="teacher", classes=shapes.CLASSES, label_dropout=0.1)
     given = ["--teacher", teacher, "--device", "cpu", "--min_step_percent", "0.2"]
@@ -163,8 +160,7 @@ def test_a_preset_for_larger_images_has_more_noise(tmp_path, monkeypatch):
     assert train.parse_args(given)[0].conditioning_sigma == 6.0                     # of preset demo, by the classes
 
 
-@pytest.mark.parametrize("kind", [presets.TEACHER, presets.STUDENT])
-def test_at_its_own_size_a_preset_is_as_it_is_written(kind):
-    for name, values in kind.items():
-        assert presets.for_size(kind, name, presets.MADE_FOR.get(name, 32)) == values
-    assert presets.for_size(kind, "none", 64) == {}
+def test_at_its_own_size_a_preset_is_as_it_is_written():
+    for name, values in presets.STUDENT.items():
+        assert presets.for_size(name, presets.MADE_FOR.get(name, 32)) == values
+    assert presets.for_size("none", 64) == {}
