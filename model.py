@@ -14,6 +14,8 @@ from torch import nn
 
 from constants import IMAGE_SIZE
 
+LEVELS = 3                                          # at 64x64, too, a fourth did not pay (docs/tuning.md)
+
 
 def group_norm(channels):
     # 16 channels per group fill a vector register: in bf16 channels_last on a CPU with AVX-512, forward and backward
@@ -128,15 +130,14 @@ class SimpleUNet(Denoiser):
     """Class-conditional denoiser of three levels, with attention at the lowest resolution.
 
     Args:
-        channels: base width C, a multiple of 8; the levels have 2C, 4C and 8C channels, a fourth one 8C too.
+        channels: base width C, a multiple of 8; the three levels have 2C, 4C and 8C channels.
         label_dim: number of classes.
         blocks: residual blocks per level, on the way down and on the way up.
         sigma_data: standard deviation of the clean images, whose range is [-1, 1].
         image_size: height and width H, a multiple of 8 from 16 to 128. No weight depends on it.
-        levels: how often the resolution is halved.
     """
 
-    def __init__(self, channels=64, label_dim=10, blocks=1, sigma_data=0.5, image_size=IMAGE_SIZE, levels=3):
+    def __init__(self, channels=64, label_dim=10, blocks=1, sigma_data=0.5, image_size=IMAGE_SIZE):
         super().__init__()
         if channels < 8 or channels % 8:
             raise ValueError(f"channels must be a positive multiple of 8, got {channels}")
@@ -145,11 +146,10 @@ class SimpleUNet(Denoiser):
         if not 16 <= image_size <= 128 or image_size % 8:
             raise ValueError(f"image_size must be a multiple of 8 from 16 to 128, got {image_size}")
         self.config = dict(
-            channels=channels, label_dim=label_dim, blocks=blocks, sigma_data=sigma_data, image_size=image_size,
-            levels=levels,
+            channels=channels, label_dim=label_dim, blocks=blocks, sigma_data=sigma_data, image_size=image_size
         )
         self.label_dim, self.sigma_data, self.image_size = label_dim, sigma_data, image_size
-        width = [channels * min(2**level, 8) for level in range(levels + 1)]        # C, 2C, 4C, 8C
+        width = [channels * 2**level for level in range(LEVELS + 1)]                # C, 2C, 4C, 8C
         emb = 4 * channels
 
         # ln(sigma)/4 spans only [-1.6, 1.1]. Over that range the angles turn by 2.7 radians (lowest) to 27 full turns.
@@ -158,11 +158,11 @@ class SimpleUNet(Denoiser):
         self.sigma_embedding = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(label_dim, emb)
 
-        self.feature_channels, self.bottleneck_size = [*width[1:], width[-1]], image_size // 2**levels
+        self.feature_channels, self.bottleneck_size = [*width[1:], width[-1]], image_size // 2**LEVELS
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
-        for level in range(1, levels + 1):
+        for level in range(1, LEVELS + 1):
             c_above, c = width[level - 1], width[level]
             self.down.append(
                 nn.ModuleList(ResBlock(c_above if i == 0 else c, c, emb) for i in range(blocks))
