@@ -72,7 +72,8 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
         images, labels = shapes.draw(SHAPES_TRAIN_IMAGES, seed=0 if split == "train" else 1, size=size)
         return Dataset(torch.from_numpy(images), torch.from_numpy(labels), list(shapes.CLASSES))
     if name in PUBLISHED:
-        return Dataset(*published.load(name, Path(data_dir), split, size))
+        images, labels, classes, notes = published.load(name, Path(data_dir), split, size)
+        return Dataset(images, labels, classes, notes=notes)
     return load_folder(Path(data_dir), split, cache_dir, size)
 
 

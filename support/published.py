@@ -1,6 +1,6 @@
 """Datasets that torchvision downloads and reads, as RGB images of any size.
 
-    images, labels, classes = load("mnist", Path("data"), "train", size=32)
+    images, labels, classes, notes = load("mnist", Path("data"), "train", size=32)
 
 Torchvision unpickles CIFAR's files only where their MD5 is the published one; no other format here is pickled.
 """
@@ -59,7 +59,7 @@ def load(name, root, split, size=32):
     the images of folders are.
 
     Returns:
-        images, uint8 [N, 3, size, size]; labels, int64 [N]; and the names of the classes.
+        images, uint8 [N, 3, size, size]; labels, int64 [N]; the names of the classes; and what was done to the images.
 
     Raises:
         DataError: it can be neither found whole nor downloaded.
@@ -86,7 +86,13 @@ def load(name, root, split, size=32):
         reason = " ".join(str(error).split()) or type(error).__name__
         advice = "or train on other images: --dataset folder --data_dir DIR, or --dataset shapes"
         raise DataError(f"{incomplete(name, root, archives, reason)}, {advice}") from error
-    return fitted(rgb(images, size), size), labels, classes
+    images = rgb(images)
+    side, notes = images.shape[1], []
+    if (side, size) == (28, 32):
+        images, notes = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), ["with a border of 2 pixels"]
+    elif side != size:
+        notes = [f"resized from {side}x{side}"]
+    return fitted(images, size), labels, classes, notes
 
 
 def incomplete(name, root, archives, reason):
@@ -102,11 +108,9 @@ def incomplete(name, root, archives, reason):
     return f"{state} and could not be downloaded ({reason}); either put a whole {whole}"
 
 
-def rgb(images, size):
+def rgb(images):
     """Images of any layout, grey [N, H, W] or RGB [N, 3, H, W] or [N, H, W, 3], as [N, H, W, 3]."""
     if images.ndim == 3:
-        if images.shape[1:] == (28, 28) and size == 32:
-            images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
         return images[..., None].repeat(3, axis=-1)
     return images.transpose(0, 2, 3, 1) if images.shape[1] == 3 else images
 

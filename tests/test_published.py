@@ -126,13 +126,17 @@ def test_each_is_read_from_the_files_that_are_already_there(tmp_path, monkeypatc
         assert dataset.images.is_contiguous() and torch.equal(dataset.images, torch.from_numpy(images))
         assert dataset.labels.dtype == torch.int64 and dataset.labels.tolist() == labels
         assert dataset.classes == names
+        assert dataset.notes == (["with a border of 2 pixels"] if "mnist" in name else [])
 
 
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("name", published.PUBLISHED)
 def test_each_comes_in_any_size(tmp_path, monkeypatch, name, size):
     wanted, _ = MAKERS[name](tmp_path, monkeypatch, name)
-    images = data.load(name, tmp_path, size=size).images
+    dataset = data.load(name, tmp_path, size=size)
+    side = 28 if "mnist" in name else 96 if name == "stl10" else 32
+    assert dataset.notes == [f"resized from {side}x{side}"]
+    images = dataset.images
     usual = wanted["train"][0]
     assert images.shape == (len(usual), 3, size, size) and images.dtype == torch.uint8
     if "mnist" in name:                             # without a border
