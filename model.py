@@ -70,8 +70,9 @@ class Denoiser(nn.Module):
     """EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1) around a raw network.
 
     A subclass defines network(x, c_noise, labels, return_features), and sets sigma_data, label_dim, config (the
-    arguments to build it again), image_size (height and width H), feature_channels (a list, the channels of each
-    feature) and bottleneck_size (height and width of the last feature, the bottleneck's). A network that predicts
+    arguments to build it again), image_size (height and width H), and, for the classifier head and the
+    GAN phase only, feature_channels (a list, the channels of each feature) and bottleneck_size (height and width of the
+    last feature, the bottleneck's). A network that predicts
     something else than table 1's F overrides denoise, as VelocityDenoiser does.
     """
 
@@ -115,7 +116,8 @@ class VelocityDenoiser(Denoiser):
 
     The flow's noisy image is y_t = (1 - t) x_0 + t eps, with t from 0, the data, to 1, the noise. A subclass defines
     network(y, t, labels, return_features) -> v = eps - x_0, for y [B, 3, H, W] and t [B], and sets what a subclass of
-    Denoiser sets, except sigma_data. Where t = 1 is the data, it calls its network with 1 - t and returns -v.
+    Denoiser sets, except sigma_data. If your flow has t = 1 at the data, call your network with
+    1 - t and negate its output.
     """
 
     def denoise(self, x, sigma, labels, return_features):

@@ -54,7 +54,7 @@ STUDENT["cifar10_gpu"] = dict(
 )
 
 # edm: a student of EDM's published network, with the settings of NVIDIA's FastGen (FID 1.99), but Adam for AdamW. Not
-# run here; 56 hours of a GPU at 300 TFLOP/s, by arithmetic.
+# run here; 116 hours of an H200, by arithmetic.
 STUDENT["edm"] = dict(
     batch_size=2048, accumulate=8, steps=100_000, dfake_gen_update_ratio=5, generator_lr=1e-4, guidance_lr=1e-4,
     ema_decay=0.9999, conditioning_sigma=80.0, gen_cls_loss_weight=1e-3, warmup_steps=0, compile=True,
@@ -68,7 +68,8 @@ STUDENT["edm_imagenet64"] = dict(
     ema_decay=0.0, conditioning_sigma=80.0, gen_cls_loss_weight=3e-3, cls_loss_weight=1e-2, warmup_steps=500,
     compile=True,
 )
-# SiD's settings (github.com/mingyuanzhou/SiD, run_sid.sh), for its start noise, batch and rates; the loss is DMD2's.
+# SiD's start noise, DM noise, batch and rates (github.com/mingyuanzhou/SiD, run_sid.sh) and as many images as its
+# released networks have seen (its README); the loss is DMD2's. By arithmetic 27 and 20 days of an H200.
 STUDENT["edm_ffhq64"] = dict(
     batch_size=512, accumulate=8, steps=973_000, dfake_gen_update_ratio=1, generator_lr=1e-5, guidance_lr=1e-5,
     ema_decay=0.9993, conditioning_sigma=2.5, min_step_percent=0.0, max_step_percent=0.8, warmup_steps=0, compile=True,
@@ -101,7 +102,7 @@ def for_size(name, size):
 
 
 def times(fraction, factor):
-    """The fraction of the Karras schedule at which the noise is so many times that at this one; at most 1."""
+    """The fraction of the Karras schedule whose sigma is factor times that at this fraction, within 0 .. 1."""
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     root = (low + fraction * (high - low)) * factor ** (1 / RHO)                    # of sigma (equation 5)
     return min(max((root - low) / (high - low), 0.0), 1.0)

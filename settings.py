@@ -40,7 +40,7 @@ def teacher_parser(argv=None):
     flags.add_channels(network)
     add("--blocks", type=flags.count, default=1, help="residual blocks per level")
     add("--init", type=flags.path, help="a teacher to start from; classes that it does not know start at random; "
-        "default: none")
+        "images have its size unless --image_size is given; default: none")
     add = parser.add_argument_group("for guided sampling and distillation later").add_argument
     add("--label_dropout", type=flags.fraction, default=0.0, help="fraction of the images trained without their class")
     add("--guide_at", type=flags.fraction, default=0.3333,
@@ -128,14 +128,18 @@ def student_parser(argv=None):
 
 def parse_student(argv=None):
     """The flags of train.py, and the checkpoint to resume from or None."""
-    from support import resume, teachers
+    from support import processes, resume, teachers
 
     parser = student_parser(argv)
 
     def choose(args):
         chosen, size = teachers.choose_preset(args)
-        preset = parser.preset or chosen
-        return preset, presets.for_size(preset, size)
+        preset, given = parser.preset or chosen, parser.given(argv)
+        plain, values = presets.STUDENT.get(preset, {}), presets.for_size(preset, size)
+        changed = [f"{name} {value}" for name, value in values.items() if value != plain[name] and name not in given]
+        if changed:
+            processes.main_only(print)(f"--preset {preset} at {size}x{size}: {', '.join(changed)}")
+        return preset, values
 
     args, state = resume.parse(parser, "student", choose, argv, STUDENT_FIXED)
     check_student(args, state, parser.error)

@@ -235,19 +235,19 @@ def add_dataset(parser, dataset="cifar10", data_dir="data", flip=True):
     """Flags of the real images, for a parser or a group of it; where a default is None, the checkpoint names them."""
     otherwise = "" if dataset else "; default: the checkpoint's"
     parser.add_argument(
-        "--dataset", choices=DATASETS, default=dataset, help="folder: a tree of <class>/<image>, or images of one "
-        f"kind without class folders; shapes: figures that are drawn; all others are downloaded{otherwise}",
+        "--dataset", choices=DATASETS, default=dataset, help="folder: a tree of <class>/<image>, or images "
+        f"without classes; shapes: figures that are drawn; all others are downloaded{otherwise}",
     )
     parser.add_argument(
         "--data_dir", type=path, default=data_dir,
-        help="the root of folder; or where a downloaded dataset is kept; a relative path is relative to the current "
-        f"directory, and is remembered as an absolute one{otherwise}",
+        help="with --dataset folder, that folder; else where downloads are kept; a relative path is relative to the "
+        f"current directory, and is remembered as an absolute one{otherwise}",
     )
     if flip:
         parser.add_argument(
             "--flip", type=number(int, 0, 1),
             help="1: mirror half of the images; 0: none; default: 1, but 0 for the digits of mnist and svhn"
-            + ("" if dataset else "; of the checkpoint's images, as they were trained on"),
+            + ("" if dataset else "; where the checkpoint names its images, as it was trained"),
         )
 
 

@@ -57,7 +57,7 @@ CHECKED_IMAGES = 20
 class Generator(nn.Module):
     """What is exported: (z, labels, renoise) -> images, uint8 [N, H, W, 3], and float [N, 3, H, W] if asked for.
 
-    fast: with fewer products, for browsers; runtimes outside have fast convolutions of their own.
+    fast: Winograd convolutions, with fewer multiplications, for browsers; native runtimes have their own.
     """
 
     def __init__(self, state, float_output=False, fast=False):

@@ -1,5 +1,5 @@
-"""3x3 convolutions with a quarter of the products, for browsers, whose products are slow: F(4x4, 3x3) of Lavin & Gray
-2015 ("Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308, section 4.3).
+"""3x3 convolutions with a quarter of the multiplications, for browsers, which are slow at them: F(4x4, 3x3) of
+Lavin & Gray 2015 ("Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308, section 4.3).
 """
 
 import torch
