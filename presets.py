@@ -6,8 +6,6 @@
 Why each value, and what else was tried: docs/tuning.md. What each preset costs and brings: results/README.md.
 """
 
-
-
 from constants import IMAGE_SIZE, NUM_TRAIN_TIMESTEPS, RHO, SIGMA_MAX, SIGMA_MIN
 
 TEACHER, STUDENT = {}, {}
@@ -80,29 +78,30 @@ STUDENT["edm_afhqv2_64"] = dict(
 MADE_FOR = dict(edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64)     # the size of their images; all others: 32
 
 
-def for_size(name, size):
+def for_size(name, size, schedule=(SIGMA_MIN, SIGMA_MAX)):
     """The values of a student's preset, none of "none", for images of this height and width.
 
     The noise levels grow with the size: the mean of 2x2 pixels has half of their noise, so that an image of twice the
     size shows as much at twice the noise (simple diffusion, Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1). Not
     those of a teacher's training: with twice the noise its images were speckled (docs/tuning.md), and EDM, too, has the
-    same at 32x32 and 64x64.
+    same at 32x32 and 64x64. schedule: the teacher's lowest and highest noise.
     """
+    steps = NUM_TRAIN_TIMESTEPS
     values, factor = dict(STUDENT.get(name, {})), size / MADE_FOR.get(name, IMAGE_SIZE)
     for flag, value in values.items() if factor != 1 else ():
         if flag == "conditioning_sigma":
-            values[flag] = min(value * factor, SIGMA_MAX)
+            values[flag] = min(value * factor, schedule[1])
         elif flag == "cfg_interval":
             values[flag] = [sigma * factor for sigma in value]
         elif flag in ("min_step_percent", "max_step_percent"):
-            values[flag] = round(times(value, factor), 4)
+            values[flag] = round(times(value, factor, schedule), 4)
         elif flag == "diffusion_gan_max_timestep":
-            values[flag] = round(NUM_TRAIN_TIMESTEPS * times(value / NUM_TRAIN_TIMESTEPS, factor))
+            values[flag] = round(steps * times(value / steps, factor, schedule))
     return values
 
 
-def times(fraction, factor):
+def times(fraction, factor, schedule):
     """The fraction of the Karras schedule whose sigma is factor times that at this fraction, within 0 .. 1."""
-    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    low, high = (sigma ** (1 / RHO) for sigma in schedule)
     root = (low + fraction * (high - low)) * factor ** (1 / RHO)                    # of sigma (equation 5)
     return min(max((root - low) / (high - low), 0.0), 1.0)

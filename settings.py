@@ -133,9 +133,9 @@ def parse_student(argv=None):
     parser = student_parser(argv)
 
     def choose(args):
-        chosen, size = teachers.choose_preset(args)
+        chosen, size, schedule = teachers.choose_preset(args)
         preset, given = parser.preset or chosen, parser.given(argv)
-        plain, values = presets.STUDENT.get(preset, {}), presets.for_size(preset, size)
+        plain, values = presets.STUDENT.get(preset, {}), presets.for_size(preset, size, schedule)
         changed = [f"{name} {value}" for name, value in values.items() if value != plain[name] and name not in given]
         if changed:
             processes.main_only(print)(f"--preset {preset} at {size}x{size}: {', '.join(changed)}")

@@ -26,8 +26,13 @@ def early(parser):
     """Call parser().parse_args() before a script loads torch, which takes seconds: --help and wrong flags end here."""
     try:
         parser().parse_args()
-    except UsageError:
-        run(parser().parse_args)
+    except UsageError as error:
+        found = error
+
+        def refuse():
+            raise found
+
+        run(refuse)
 
 
 def run(main):

@@ -102,8 +102,9 @@ class Run:
         self.timed_steps, self.seconds = 0, 0.0
         hours = (self.args.steps - self.step) * self.args.batch_size / images_per_second / 3600
         if hours > 24 and not self.warned and processes.MAIN:
-            better = "cifar10_gpu" if self.device.type == "cuda" else "cifar10"
-            print(f"note: at this speed {hours:.0f} hours to go; --preset {better} fits this machine", file=sys.stderr)
+            fits = "cifar10_gpu" if self.device.type == "cuda" else "cifar10"
+            advice = f"; --preset {fits} fits this machine" if self.args.preset == "none" else ""
+            print(f"note: at this speed {hours:.0f} hours to go{advice}", file=sys.stderr)
         self.warned = True
         self.bar.set_postfix(**losses, images_per_s=f"{images_per_second:.0f}")
         floats = {name: value for name, value in values.items() if isinstance(value, float)}

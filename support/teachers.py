@@ -16,19 +16,14 @@ def path(args, say=True):
 
 
 def choose_preset(args):
-    """The name of the student's preset for the teacher of --teacher and the machine; and the size of its images."""
+    """The student's preset for the teacher of --teacher and the machine; its image size; its least and most noise."""
     state = checkpoint.load(path(args, say=False), kind="teacher")
     preset, config = resume.choose_preset(args, figures=state["classes"] == shapes.CLASSES), state["model_config"]
-    size = image_size(args.teacher, state)
+    with resume.restoring(args.teacher):
+        size = networks.image_size(config)
     if preset == "cifar10_gpu" and config.get("network") == "EDMUNet":
         preset = "edm" if size == 32 else "edm_imagenet64" if config["label_dim"] else "edm_ffhq64"
-    return preset, size
-
-
-def image_size(path, state=None):
-    """Height and width of the images of the teacher at this path, whose checkpoint may be given."""
-    with resume.restoring(path):
-        return networks.image_size((state or checkpoint.load(path, kind="teacher"))["model_config"])
+    return preset, size, (state["sigma_min"], state["sigma_max"])
 
 
 def take_shape(args):
@@ -107,10 +102,11 @@ def load(args, state, needing_images=()):
         UsageError, CheckpointError: the flags ask for what this teacher or this run cannot do.
     """
     source = state or checkpoint.load(args.teacher, kind="teacher")
-    left_out = [] if state else leave_out(args, source, needing_images)
-    check_cfg(args, source)
     with resume.restoring(args.run_dir if state else args.teacher):
         teacher = networks.averaged(source)
+    left_out = [] if state else leave_out(args, source, hasattr(teacher, "feature_channels"), needing_images)
+    check_cfg(args, source)
+    with resume.restoring(args.run_dir if state else args.teacher):
         guide = networks.rebuild(source["guide_config"]) if source.get("guide_config") else None
     if state:
         if args.autoguidance_scale != 1 and guide is None:
@@ -129,7 +125,7 @@ def load(args, state, needing_images=()):
     return source, teacher, guide
 
 
-def leave_out(args, source, needing_images):
+def leave_out(args, source, has_features, needing_images):
     """Turn off what a preset, not a flag, asks of this teacher and it cannot give; returns what to tell the user."""
     guide, said = guide_path(args, args.teacher), []
     named = args.dataset or source.get("settings", {}).get("dataset")
@@ -137,6 +133,7 @@ def leave_out(args, source, needing_images):
         ("cfg_scale", 1.0, not source.get("label_dropout") and "it was trained without --label_dropout"),
         ("autoguidance_scale", 1.0, guide and not Path(guide).exists() and f"there is no {checkpoint.GUIDE} beside it"),
         *((name, 0, not named and "it does not name its images (--dataset)") for name in needing_images),
+        *((name, 0, not has_features and "it has no features") for name in ("gan_steps", "gen_cls_loss_weight")),
     ):
         if missing and getattr(args, name) != off and name not in args.given:
             setattr(args, name, off)

@@ -21,10 +21,10 @@ from PIL import Image
 
 import diffusion
 import sample
-from support import checkpoint, data, networks, sampling
+from support import checkpoint, data, networks, sampling, winograd
 from support.errors import UsageError
 from support.randomness import image_noise
-from tools import export, winograd
+from tools import export
 
 CLASSES = [f"class {i}" for i in range(10)]
 ONE_STEP, THREE_STEPS = [3.0], [3.0, 1.5, 0.4]

@@ -50,6 +50,10 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(script):
     assert shown.returncode == 0 and shown.stdout.startswith("usage: ") and shown.stdout.endswith("\nloaded:\n")
     assert wrong.returncode == 2 and wrong.stdout == "loaded:\n"
     assert wrong.stderr.endswith("error: argument --seed: invalid int value: 'x' (see --help)\n")
+    if "train" in script:
+        wrong = run("--preset", "x")
+        assert wrong.returncode == 2 and wrong.stdout == "loaded:\n"
+        assert wrong.stderr.startswith(f"{script}.py: error: unknown preset 'x'") and wrong.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("program", ["import sample", "from support import checkpoint, sampling"])

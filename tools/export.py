@@ -36,11 +36,10 @@ import torch
 from torch import nn
 
 import diffusion
-from support import checkpoint, errors, files, flags, networks, resume
+from support import checkpoint, errors, files, flags, networks, resume, winograd
 from support.data import to_uint8
 from support.randomness import image_noise
 from support.sampling import not_finite, refuse
-from tools import winograd
 
 PAGE = Path(__file__).resolve().parent / "page"
 RUNTIME = "onnxruntime-web@1.30.0"                  # and the SHA-512 of its archive, as npm publishes it
