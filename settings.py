@@ -130,18 +130,18 @@ def parse_student(argv=None):
     """The flags of train.py, and the checkpoint to resume from or None."""
     from support import processes, resume, teachers
 
-    parser = student_parser(argv)
+    parser, changed = student_parser(argv), []
 
     def choose(args):
         chosen, size, schedule = teachers.choose_preset(args)
-        preset, given = parser.preset or chosen, parser.given(argv)
+        preset = parser.preset or chosen
         plain, values = presets.STUDENT.get(preset, {}), presets.for_size(preset, size, schedule)
-        changed = [f"{name} {value}" for name, value in values.items() if value != plain[name] and name not in given]
-        if changed:
-            processes.main_only(print)(f"--preset {preset} at {size}x{size}: {', '.join(changed)}")
+        changed.extend(name for name, value in values.items() if value != plain[name])
         return preset, values
 
     args, state = resume.parse(parser, "student", choose, argv, STUDENT_FIXED)
+    if changed := [f"{name} {getattr(args, name)}" for name in changed if name not in args.given]:
+        processes.main_only(print)(f"its noise levels for images of this size: {', '.join(changed)}")
     check_student(args, state, parser.error)
     if state is None:
         args.teacher = teachers.path(args)

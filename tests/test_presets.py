@@ -173,5 +173,5 @@ def test_a_run_says_which_values_of_its_preset_the_size_has_changed(tmp_path, mo
     net = trained_net(channels=8, label_dim=10, image_size=16)
     teacher = save_net(tmp_path / "net.pt", net, kind="teacher", classes=shapes.CLASSES)
     train.parse_args(["--teacher", teacher, "--preset", "demo", "--max_step_percent", "0.75"])
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--preset demo at 16x16: ")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("its noise levels for images")]
     assert len(said) == 1 and "conditioning_sigma 1.5, min_step_percent 0." in said[0] and "max_step" not in said[0]
