@@ -13,6 +13,7 @@ G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
      [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 A_T = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 TILE = 4
+PLAIN = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros")
 
 
 class Winograd(nn.Module):
@@ -44,9 +45,17 @@ class Winograd(nn.Module):
         return (y @ out).transpose(2, 3) @ out + self.bias[:, None, None]
 
 
+def plain(module):
+    """Whether Winograd computes what this module computes: a subclass of Conv2d may do something else besides."""
+    return (
+        type(module) is nn.Conv2d and module.bias is not None
+        and all(getattr(module, name) == value for name, value in PLAIN.items())
+    )
+
+
 def replace(net):
-    """Let a network compute its 3x3 convolutions so, where they have enough channels to gain by it."""
+    """Let a network compute its plain 3x3 convolutions so, where they have enough channels to gain by it."""
     for parent in list(net.modules()):
         for name, conv in list(parent.named_children()):
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and min(conv.weight.shape[:2]) >= 16:
+            if plain(conv) and min(conv.weight.shape[:2]) >= 16:
                 setattr(parent, name, Winograd(conv))

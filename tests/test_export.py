@@ -1,6 +1,7 @@
 """tools/export.py: the file, and the page in a browser, draw what torch draws; wrong calls leave nothing behind."""
 
 import base64
+import copy
 import functools
 import http.server
 import io
@@ -21,6 +22,7 @@ from PIL import Image
 
 import diffusion
 import sample
+from edm_unet import EDMUNet
 from support import checkpoint, data, networks, sampling, winograd
 from support.errors import UsageError
 from support.randomness import image_noise
@@ -151,10 +153,21 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def address(folder):
-    """Of a server of the students' pages, one/ and three/."""
+def site(tmp_path_factory):
+    """A folder, and the address of a server of it."""
     if not CHROMIUM:
         pytest.skip("no Chromium is installed")
+    folder = tmp_path_factory.mktemp("site")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(folder, site):
+    """That of the students' pages, one/ and three/."""
+    pages, address = site
     if not shutil.which("npm"):
         pytest.skip("npm, which fetches onnxruntime-web, is not installed")
     try:
@@ -165,14 +178,39 @@ def address(folder):
         pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "fetch_runtime", lambda: runtime)
-        assert call(export, "--checkpoint", f"{folder}/one.pt", "--page", f"{folder}/one") == 0
+        assert call(export, "--checkpoint", f"{folder}/one.pt", "--page", f"{pages}/one") == 0
         patch.setattr(export, "to_onnx", lambda *how: onnx.load(folder / "three.onnx"))
-        flags = "--page", f"{folder}/three", "--float_output"
+        flags = "--page", f"{pages}/three", "--float_output"
         assert call(export, "--checkpoint", f"{folder}/three.pt", *flags) == 0
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    return address
+
+
+# In place of onnxruntime-web: each value of an image is how many images it draws at a time. It throws a number, as
+# WebAssembly does, where the first of them is of class 3.
+STAND_IN = b"""
+export const env = {wasm: {}}
+export class Tensor { constructor(kind, data, dims) { Object.assign(this, {data, dims}) } }
+export const InferenceSession = {create: async () => ({run: async ({z: {dims: [n, c, h, w]}, labels}) => {
+  if (labels.data[0] === 3n) throw 7
+  return {images: {data: new Uint8Array(n * h * w * c).fill(n)}}
+}})}
+"""
+
+
+@pytest.fixture
+def stand_in(site):
+    """A function (classes, size) -> address and folder of a page whose network is STAND_IN."""
+    pages, address = site
+    path = pages / "stand_in"
+
+    def make(classes=CLASSES, size=32):
+        state = dict(model_config=dict(image_size=size), denoising_sigmas=ONE_STEP, classes=classes)
+        runtime = dict.fromkeys(export.RUNTIME_FILES, b" ") | {"onnxruntime-wasm.js": STAND_IN}
+        export.write_page(path, b" ", state, runtime)
+        return f"{address}/{path.name}/", path
+
+    yield make
+    shutil.rmtree(path)
 
 
 @pytest.fixture
@@ -180,6 +218,11 @@ def browser(tmp_path):
     with Browser(tmp_path) as browser:              # as a phone has it
         browser.send("Emulation.setDeviceMetricsOverride", width=360, height=1000, deviceScaleFactor=1, mobile=True)
         yield browser
+
+
+def on_each_page(browser, script):
+    browser.send("Page.enable")
+    browser.send("Page.addScriptToEvaluateOnNewDocument", source=script)
 
 
 def canvas(browser):
@@ -244,8 +287,7 @@ def test_the_noise_of_the_page_is_numpys(address, browser):
 
 
 def test_where_webassembly_is_missing_the_page_says_so(address, browser):
-    browser.send("Page.enable")
-    browser.send("Page.addScriptToEvaluateOnNewDocument", source="delete globalThis.WebAssembly")
+    on_each_page(browser, "delete globalThis.WebAssembly")
     browser.open(f"{address}/one/")
     browser.wait("message.textContent")
     assert browser.value("message.textContent") == (
@@ -275,11 +317,12 @@ def test_threads_draw_though_the_server_sends_no_headers_and_progress_is_shown(a
 @pytest.mark.parametrize(("how", "isolated"), [
     ("delete Navigator.prototype.serviceWorker", False),                            # a private window, or http
     ("ServiceWorkerContainer.prototype.register = () => Promise.reject(Error('refused'))", False),
+    ("Object.defineProperty(ServiceWorkerContainer.prototype, 'ready', {value: new Promise(() => {})})", False),
+    ("Object.defineProperty(globalThis, 'sessionStorage', {get() { throw Error('blocked') }})", False),
     ("Object.defineProperty(navigator, 'gpu', {value: {requestAdapter: async () => ({})}})", True),     # no real one
 ])
 def test_what_the_browser_lacks_is_done_without(folder, address, browser, how, isolated):
-    browser.send("Page.enable")
-    browser.send("Page.addScriptToEvaluateOnNewDocument", source=how)
+    on_each_page(browser, how)
     browser.open(f"{address}/one/")
     threads = browser.value("navigator.hardwareConcurrency") if isolated else 1
     assert said(browser).endswith(f" ms an image, {threads} thread{'s' * (threads > 1)}.")
@@ -289,8 +332,125 @@ def test_what_the_browser_lacks_is_done_without(folder, address, browser, how, i
     assert_same_picture(canvas(browser)[2:34, 2:34], images[0].permute(1, 2, 0).numpy())
 
 
+@pytest.mark.parametrize("adapter", ["{isFallbackAdapter: true}", "{info: {isFallbackAdapter: true}}"])
+def test_a_gpu_in_software_is_not_used(stand_in, browser, adapter):
+    gpu = f"{{requestAdapter: async () => ({adapter})}}"
+    on_each_page(browser, f"Object.defineProperty(navigator, 'gpu', {{value: {gpu}}})")
+    browser.open(stand_in()[0])
+    browser.wait(READY)
+    fetched = browser.value("performance.getEntriesByType('resource').map((entry) => entry.name).join()")
+    assert "onnxruntime-wasm.wasm" in fetched and "webgpu" not in fetched
+
+
+def test_a_worker_that_does_not_load_is_told_however_long_the_files_take(stand_in, browser):
+    on_each_page(browser, """{
+        const {fetch} = globalThis
+        globalThis.fetch = async (name) => {
+          if (name.endsWith('.onnx')) await new Promise((resolve) => setTimeout(resolve, 500))
+          return fetch(name)
+        }
+    }""")
+    page, path = stand_in()
+    (path / "worker.js").unlink()
+    browser.open(page)
+    browser.wait("message.textContent === 'This page cannot draw here: its worker does not load'")
+
+
+def test_after_a_failure_the_page_goes_on(stand_in, browser):
+    browser.open(stand_in()[0])
+    browser.wait(READY)
+    browser.click("classes.children[4]")
+    browser.wait("message.textContent === 'This page cannot draw here: 7'")
+    browser.click("classes.children[5]")
+    browser.wait("message.textContent.startsWith('20 images of class 4, seed 0: ')")
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a page"])
+def test_the_service_worker_goes_with_its_page(stand_in, browser, instead):
+    page, path = stand_in()
+    browser.open(page)
+    browser.wait(f"crossOriginIsolated && {READY}")
+    shutil.rmtree(path)
+    path.mkdir()
+    if instead == "a page":                         # as of a server that has one for every address
+        (path / "isolate.js").mkdir()
+    (path / "index.html").write_text("another site")
+    browser.open(page)
+    browser.wait("document.body.textContent === 'another site'")
+    assert not browser.value("crossOriginIsolated")
+    assert browser.value("navigator.serviceWorker.getRegistrations().then((all) => all.length)") == 0
+
+
+def test_of_many_classes_the_first_100_are_shown(stand_in, browser):
+    browser.open(stand_in([f"class {i}" for i in range(1000)])[0])
+    assert said(browser).startswith("100 images of the first 100 of 1000 classes, seed 0: ")
+    assert canvas(browser).shape == (3402, 36, 3)
+    assert browser.value("classes.children[0].textContent") == "the first 100 of 1000"
+    assert browser.value("classes.children.length") == 1001 and browser.value("classes.clientHeight") < 300
+    assert browser.value("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_network_without_classes_draws_images(stand_in, browser):
+    browser.open(stand_in([""])[0])
+    assert said(browser).startswith("20 images, seed 0: ")
+    assert browser.value("[...classes.children].map((button) => button.textContent)") == ["images"]
+    browser.click("save")
+    browser.downloaded("images-seed-0.png")
+
+
+@pytest.mark.parametrize(("size", "width", "shown", "scaling", "many"), [
+    (32, 360, 328, "auto", {4, 16}), (32, 1000, 684, "pixelated", {4, 16}),
+    (64, 1000, 662, "pixelated", {1, 4}), (128, 1000, 684, "auto", {1}),
+])
+def test_the_canvas_fits_and_large_images_are_drawn_a_few_at_a_time(
+    stand_in, browser, size, width, shown, scaling, many
+):
+    browser.send("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=True)
+    browser.open(stand_in(size=size)[0])
+    said(browser)
+    corners = canvas(browser)[2 :: size + 2, 2 :: size + 2][:10, :10]
+    assert {*corners.flatten().tolist()} == many
+    assert browser.value("[canvas.clientWidth, getComputedStyle(canvas).imageRendering]") == [shown, scaling]
+    browser.send("Emulation.setDeviceMetricsOverride", width=3000, height=1000, deviceScaleFactor=1, mobile=True)
+    browser.click("classes.children[1]")            # 5 columns
+    assert canvas(browser).shape[1] == 5 * (size + 2) + 2
+    wanted = min(2 * (5 * (size + 2) + 2), 684) if size < 128 else 652
+    assert browser.value("canvas.clientWidth") == wanted
+
+
 @pytest.mark.parametrize("size", [2, 4, 6, 8, 32])
 def test_winograds_convolution_is_the_convolution(size):
     conv, x = torch.nn.Conv2d(16, 24, 3, padding=1), torch.randn(2, 16, size, size)
     with torch.no_grad():
         assert torch.allclose(winograd.Winograd(conv)(x), conv(x), atol=1e-5)
+
+
+EDM = dict(model_channels=16, channel_mult=[1, 1, 1], num_blocks=1, label_dim=3, img_resolution=16)
+VE = dict(embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1])
+
+
+@pytest.mark.parametrize("net", [
+    lambda: trained_net(channels=16, label_dim=3, image_size=16), lambda: EDMUNet(**EDM), lambda: EDMUNet(**EDM, **VE),
+    lambda: EDMUNet(**EDM, model_type="DhariwalUNet"),
+], ids=["SimpleUNet", "vp", "ve", "adm"])
+def test_a_network_draws_the_same_with_winograds_convolutions(net):
+    net, x = net(), torch.randn(2, 3, 16, 16)
+    fast = copy.deepcopy(net)
+    winograd.replace(fast)
+    assert any(isinstance(module, winograd.Winograd) for module in fast.modules())
+    with torch.no_grad():
+        wanted, found = (network(x, torch.full((2,), 3.0), torch.tensor([0, 2])) for network in (net, fast))
+    assert wanted.std() > 0.1 and torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_other_convolutions_stay():
+    class Other(torch.nn.Conv2d):
+        pass
+
+    others = [dict(stride=2), dict(padding=0), dict(dilation=2), dict(groups=2), dict(bias=False)]
+    others += [dict(padding_mode="circular"), dict(kernel_size=5)]
+    plain = dict(kernel_size=3, padding=1)
+    convs = [torch.nn.Conv2d(32, 32, **plain | other) for other in others] + [Other(32, 32, **plain)]
+    net = torch.nn.Sequential(*convs, torch.nn.Conv2d(32, 32, **plain))
+    winograd.replace(net)
+    assert [*net][:-1] == convs and isinstance(net[-1], winograd.Winograd)

@@ -10,7 +10,7 @@ let ort, session, size, steps
 async function start({webgpu, runtime, wasm, model, ...about}) {
   ({size, steps} = about)
   ort = await import(runtime)
-  const threads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1
+  const threads = self.crossOriginIsolated ? navigator.hardwareConcurrency ?? 1 : 1
   Object.assign(ort.env.wasm, {wasmBinary: wasm, numThreads: threads})
   session = await ort.InferenceSession.create(model, {executionProviders: [webgpu ? "webgpu" : "wasm"]})
   await draw({images: [0], labels: [0], seed: 0, walk: 0})  // a first run fails here, or compiles
@@ -43,6 +43,6 @@ self.onmessage = async ({data}) => {
   try {
     self.postMessage(await (data.model ? start(data) : draw(data)))
   } catch (error) {
-    self.postMessage({error: error.message})
+    self.postMessage({error: String(error?.message ?? error) || "unknown"})           // WebAssembly throws numbers, too
   }
 }
