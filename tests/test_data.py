@@ -8,7 +8,7 @@ from conftest import image_tree
 from PIL import Image
 
 from model import SimpleUNet
-from support import data, image_cache, networks, shapes
+from support import data, errors, image_cache, networks, shapes
 
 
 def test_float_and_uint8_are_inverse():
@@ -101,7 +101,8 @@ def test_a_folder_tells_what_it_found_and_what_it_left_out(tmp_path):
     for name in ("cat/a.heic", "dog/b.HEIC", "dog/notes", "labels.csv", "stray.png"):
         (tree / name).write_bytes(b"")
     dataset = data.load("folder", tree)
-    assert str(dataset) == "8 images, 2 classes (cat, dog), 5 files left out (.csv, .heic, .png, notes)"
+    said = "8 images (6 resized to 32x32), 2 classes (cat, dog), 5 files left out (.csv, .heic, .png, notes)"
+    assert str(dataset) == said
     assert dataset.labels.tolist() == [0] * 4 + [1] * 4
     assert str(data.Dataset(dataset.images, dataset.labels, [*"abcdefghijklm"])).endswith("13 classes "
         "(a, b, c, d, e, f, g, h, i, j, ...)")
@@ -189,12 +190,13 @@ def test_it_says_which_folders_are_the_classes(tmp_path, capsys):
 
 def test_images_without_class_folders_are_one_class_named_after_the_folder(tmp_path, monkeypatch, capsys):
     photos = image_tree(tmp_path, classes=("photos",)) / "photos"
-    assert str(data.load("folder", photos)) == "3 images (no class folders), 1 class (photos)"
+    said = "3 images (no class folders; 3 resized to 32x32), 1 class (photos)"
+    assert str(data.load("folder", photos)) == said
     for name in ("annotations/boxes.txt", "labels/list.csv", "._0.png"):
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).write_bytes(b"\0")
     dataset = data.load("folder", photos)
-    assert str(dataset).endswith("(no class folders), 1 class (photos), 3 files left out (.csv, .txt, hidden)")
+    assert str(dataset) == f"{said}, 3 files left out (.csv, .txt, hidden)"
     assert dataset.images[:, 1, 0, 0].tolist() == [0, 10, 20] and dataset.labels.tolist() == [0, 0, 0]
     monkeypatch.chdir(photos)
     assert data.load("folder", ".").digest() == dataset.digest() and capsys.readouterr().err == ""
@@ -207,10 +209,54 @@ def test_images_without_class_folders_are_one_class_named_after_the_folder(tmp_p
     assert str(data.load("folder", photos)) == said
 
 
+def test_class_folders_of_unreadable_files_are_refused_beside_a_few_images(tmp_path):
+    tree = nested(tmp_path, "cat", "dog")
+    for name in "cat", "dog":
+        (tree / name / "a.png").rename(tree / name / "a.heic")
+    Image.new("L", (32, 32)).save(tree / "preview.png")
+    with pytest.raises(data.DataError, match="no images in class folder cat, dog"):
+        data.load("folder", tree)
+    Image.new("L", (32, 32)).save(tree / "second.png")              # as many: the files may describe the images
+    said = f"2 images (no class folders), 1 class ({tmp_path.name}), 2 files left out (.heic)"
+    assert str(data.load("folder", tree)) == said
+
+
+def of_checkpoint(classes, folder):
+    """What data.from_flags reads of a folder for a SimpleUNet of these classes."""
+    config = networks.described(SimpleUNet(channels=8, label_dim=len(classes)))
+    args = argparse.Namespace(dataset="folder", data_dir=str(folder))
+    return data.from_flags(args, dict(model_config=config, classes=classes))
+
+
+def test_classes_of_another_order_go_by_their_names(tmp_path):
+    found = of_checkpoint(["dog", "owl", "cat"], image_tree(tmp_path, ("cat", "dog", "owl"), n=1, size=(32, 32)))
+    assert found.classes == ["dog", "owl", "cat"] and found.labels.tolist() == [2, 0, 1]
+    assert found.images[:, 0, 0, 0].tolist() == [0, 50, 100]
+    with pytest.raises(errors.UsageError, match="has the classes cat, dog, owl; those of the checkpoint are dog, owl"):
+        of_checkpoint(["dog", "owl"], tmp_path)
+
+
+def test_digits_that_a_teacher_was_trained_on_are_no_other_classes(tmp_path):
+    digits = [str(digit) for digit in range(10)]
+    assert of_checkpoint(digits, image_tree(tmp_path / "digits", digits, n=1)).labels.tolist() == list(range(10))
+    with pytest.raises(errors.UsageError, match=r"classes a, b, c, .* those of the checkpoint are 0, 1, 2"):
+        of_checkpoint(digits, image_tree(tmp_path / "others", "abcdefghij", n=1))
+
+
+def test_images_without_class_folders_are_of_the_checkpoint_s_one_class(tmp_path):
+    faces = data.load("folder", image_tree(tmp_path, classes=("faces",)) / "faces")
+    (tmp_path / "faces").rename(tmp_path / "people")
+    found = of_checkpoint(["faces"], tmp_path / "people")
+    assert found.classes == ["faces"] and found.digest() == faces.digest()
+    for classes, folder in ((["faces"], tmp_path), (["faces", "cats"], tmp_path / "people")):
+        with pytest.raises(errors.UsageError, match="has the classes people; those of the checkpoint are faces"):
+            of_checkpoint(classes, folder)          # a class folder that is called people; a checkpoint of two classes
+
+
 def test_a_dataset_without_classes_may_have_splits(tmp_path):
     faces = image_tree(tmp_path / "faces", classes=("train", "test"))
     train, test = (data.load("folder", faces, split) for split in ("train", "test"))
-    assert str(train) == f"3 images (in {faces}/train; no class folders), 1 class (faces)"
+    assert str(train) == f"3 images (in {faces}/train; no class folders; 3 resized to 32x32), 1 class (faces)"
     assert test.classes == ["faces"] and test.images[0, 0, 0, 0] == 50
     image_tree(faces, classes=("bus",))             # beside another class they are classes
     assert data.load("folder", faces).classes == ["bus", "test", "train"]
@@ -238,10 +284,12 @@ def test_the_line_about_the_dataset_tells_of_mirroring_and_of_the_cache(tmp_path
     args = argparse.Namespace(dataset="folder", data_dir=folder, image_size=32, cache_dir=cache, flip=1)
     first = data.from_flags(args)
     mirrored = "; half of the images are mirrored (--flip 1)\n"
-    assert capsys.readouterr().out == "folder: 6 images, 2 classes (cat, dog)" + mirrored
+    resized, classes = "6 resized to 32x32", "2 classes (cat, dog)"
+    assert capsys.readouterr().out == f"folder: 6 images ({resized}), {classes}{mirrored}"
     args.flip = 0
     assert data.from_flags(args).digest() == first.digest()
-    assert capsys.readouterr().out == f"folder: 6 images (read from the cache in {cache}), 2 classes (cat, dog)\n"
+    read = f"read from the cache in {cache}; {resized}"
+    assert capsys.readouterr().out == f"folder: 6 images ({read}), {classes}\n"
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
