@@ -3,8 +3,8 @@
     images, labels = draw(1000, seed=0)      # uint8 [1000, 3, 32, 32], int64 [1000]
 
 Image i depends on (seed, n) alone, so each new seed gives fresh test images of the same distribution; another size
-shows the same figures in more or fewer pixels. Poses and colours
-vary little on purpose: a small network learns the dataset in minutes on a laptop.
+shows the same figures in more or fewer pixels. Poses and colours vary little on purpose: a small network learns the
+dataset in minutes on a laptop.
 """
 
 import numpy as np

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, TINY, Features, call, export, log_of, teacher_flags
+from conftest import ROOT, TINY, Features, call, export, image_tree, log_of, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -306,6 +306,13 @@ def test_a_folder_of_images_is_measured(drawn, tmp_path, flags, capsys):
         values.append(json.loads((tmp_path / "x.json").read_text())["metrics"])
     assert values[0] == values[1] and set(values[0]) == {"fd@256", "precision@256", "recall@256"}
     assert "images: 1 file left out (.txt)" in capsys.readouterr().err
+
+
+def test_images_of_another_size_are_resized_and_counted(tmp_path, capsys):
+    folder = image_tree(tmp_path, ("made",), size=(64, 64)) / "made"
+    for size, said in ((32, f"note: {folder}: 3 resized to 32x32\n"), (64, "")):
+        assert evaluate.read_images(folder, size).shape == (3, 3, size, size)
+        assert capsys.readouterr().err == said
 
 
 class Evil:
