@@ -110,7 +110,7 @@ def read(paths, size):
             try:
                 found = pixels.decode(paths[i], size, depths)
             except Exception as error:              # each of Pillow's readers has its own ways to fail
-                failed[i] = f"cannot read image {paths[i]}: {error}"
+                failed[i] = f"cannot read image {paths[i]}: {str(error) or type(error).__name__}"
             else:
                 images[i], notes[i] = found.pixels.transpose(2, 0, 1), found.notes
                 if found.unknown:

@@ -449,8 +449,9 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
     monkeypatch.setattr(features_script, "SHAPES_IMAGES", 1500)
     out = str(tmp_path / "shapes.pt2")
     assert call(features_script, "--dataset", "shapes", "--device", "cpu", "--epochs", "3", "--out", out) == 0
-    path, accuracy = capsys.readouterr().out.splitlines()
-    assert path == out and float(accuracy.split(" % of 5000")[0]) > 60              # of ten classes, after 45 steps
+    images, path, accuracy = capsys.readouterr().out.splitlines()
+    assert images.startswith("shapes: 1500 images, 10 classes (disk, ") and path == out
+    assert float(accuracy.split(" % of 5000")[0]) > 60              # of ten classes, after 45 steps
     extractor = metrics.exported(out, 32, torch.device("cpu"))
     features, logits = extractor(torch.from_numpy(shapes.draw(30, 3)[0]))
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
@@ -475,15 +476,16 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
     out = str(tmp_path / "folder.pt2")
     argv = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--out", out, "--flip"]
     assert call(features_script, *argv, "0", "--epochs", "5") == 0
-    path, unknown = capsys.readouterr().out.splitlines()
-    assert path == out and "accuracy unknown: " in unknown and "no folder test" in unknown
+    images, path, unknown = capsys.readouterr().out.splitlines()
+    assert images == f"folder: 200 images (in {tmp_path}/data/train), 2 classes (left, right)" and path == out
+    assert "accuracy unknown: " in unknown and "no folder test" in unknown
     write("test", 1)
     test = data.load("folder", str(tmp_path / "data"), "test")
     features, logits = metrics.exported(out, 32, torch.device("cpu"))(test.images)
     assert features.shape == (200, 256) and logits.shape == (200, 2)
     assert (logits.argmax(1) == test.labels).double().mean() > 0.9
     assert call(features_script, *argv, "1", "--epochs", "3") == 0
-    path, accuracy = capsys.readouterr().out.splitlines()
+    *_, accuracy = capsys.readouterr().out.splitlines()
     assert float(accuracy.split(" % of 200")[0]) < 75
     (tmp_path / "data" / "test" / "left").rename(tmp_path / "data" / "test" / "up")
     for split in "train", "test":

@@ -27,6 +27,15 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
         image_files.find(tmp_path / "nothing_here")
 
 
+def test_an_error_without_words_is_named(tmp_path, monkeypatch):
+    def too_large(*args):
+        raise MemoryError                           # as Pillow raises it
+
+    monkeypatch.setattr(image_files.pixels, "decode", too_large)
+    with pytest.raises(image_files.DataError, match=r"cannot read image a\.png: MemoryError"):
+        image_files.read(["a.png"], 32)
+
+
 @pytest.mark.parametrize("portion", [1, 7, 64])
 def test_images_come_in_the_order_of_their_paths(tmp_path, monkeypatch, portion):
     monkeypatch.setattr(image_files, "PORTION", portion)
