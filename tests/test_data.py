@@ -1,5 +1,6 @@
 import argparse
 import hashlib
+import inspect
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import image_tree
 from PIL import Image
 
 from model import SimpleUNet
-from support import data, errors, image_cache, networks, shapes
+from support import data, errors, image_cache, image_files, networks, pixels, published, shapes
 
 
 def test_float_and_uint8_are_inverse():
@@ -19,22 +20,22 @@ def test_float_and_uint8_are_inverse():
 
 
 def test_shapes_are_reproducible_balanced_and_fresh_for_another_seed():
-    images, labels = shapes.draw(200, seed=3)
-    again, _ = shapes.draw(200, seed=3)
-    other, _ = shapes.draw(200, seed=4)
+    images, labels = shapes.draw(200, seed=3, size=32)
+    again, _ = shapes.draw(200, seed=3, size=32)
+    other, _ = shapes.draw(200, seed=4, size=32)
     assert images.shape == (200, 3, 32, 32) and images.dtype == np.uint8
     assert np.array_equal(images, again) and not np.array_equal(images, other)
     assert (np.bincount(labels) == 20).all()
 
 
 def test_shapes_are_antialiased_and_tell_the_classes_apart():
-    images, labels = shapes.draw(2000, seed=0)
+    images, labels = shapes.draw(2000, seed=0, size=32)
     brightness = images.astype(np.float32).max(1)                                   # [N, 32, 32]
     assert len(np.unique(images)) > 100             # edges have many levels between figure and background
     # Nearest class mean by silhouette, on fresh images: the figures differ by more than pose and colour do.
     silhouette = (brightness / brightness.max((1, 2), keepdims=True)).reshape(2000, -1)
     means = np.stack([silhouette[labels == c].mean(0) for c in range(10)])
-    fresh, fresh_labels = shapes.draw(500, seed=1)
+    fresh, fresh_labels = shapes.draw(500, seed=1, size=32)
     bright = fresh.astype(np.float32).max(1)
     bright = (bright / bright.max((1, 2), keepdims=True)).reshape(500, -1)
     guess = ((bright[:, None] - means[None]) ** 2).sum(-1).argmin(1)
@@ -42,7 +43,7 @@ def test_shapes_are_antialiased_and_tell_the_classes_apart():
 
 
 def test_shapes_of_32_pixels_never_change():
-    images, labels = shapes.draw(50, seed=3)
+    images, labels = shapes.draw(50, seed=3, size=32)
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     assert digest == "cde177048d244fc7eefcf43d2401f104d5b3db1e5eb165e7e70e23ce01fc4d50"
 
@@ -51,7 +52,7 @@ def test_shapes_of_32_pixels_never_change():
 def test_shapes_are_the_same_figures_at_any_size(size):
     """Both sizes, averaged over blocks of the same part of the image, agree up to the levels of their edges."""
     images, labels = shapes.draw(50, 3, size)
-    usual, usual_labels = shapes.draw(50, 3)
+    usual, usual_labels = shapes.draw(50, 3, 32)
     assert images.shape == (50, 3, size, size) and np.array_equal(labels, usual_labels)
     coarse, fine = (some.reshape(50, 3, 16, n, 16, n).mean((3, 5)) for some, n in ((images, size // 16), (usual, 2)))
     assert np.abs(coarse - fine).mean() < 1 and np.abs(coarse - fine).max() < 60
@@ -62,6 +63,14 @@ def test_a_dataset_has_the_size_of_the_flag_or_of_the_checkpoint_s_network(tmp_p
     assert data.from_flags(args).images.shape == (6, 3, 64, 64)
     config = networks.described(SimpleUNet(channels=8, label_dim=2))
     assert data.from_flags(args, dict(model_config=config, classes=["cat", "dog"])).images.shape == (6, 3, 32, 32)
+
+
+@pytest.mark.parametrize("function", [
+    data.load_folder, shapes.draw, published.load, image_cache.read, image_files.read, pixels.decode,
+])
+def test_a_forgotten_size_is_an_error(function):
+    """Networks of convolutions take images of any size: a default would pass unnoticed."""
+    assert inspect.signature(function).parameters["size"].default is inspect.Parameter.empty
 
 
 def test_train_and_test_split_of_shapes_differ():
@@ -309,10 +318,10 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
     n = 50
-    pixels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 32, 32)
-    dataset = data.Dataset(pixels, torch.arange(n), [])
+    values = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 32, 32)
+    dataset = data.Dataset(values, torch.arange(n), [])
     batches = data.Batches(dataset, 20, seed=1, device="cpu")
-    assert batches.images.data_ptr() == pixels.data_ptr()           # not a copy
+    assert batches.images.data_ptr() == values.data_ptr()           # not a copy
     labels = [batches(step)[1] for step in range(10)]
     stream = torch.cat(labels)
     for epoch in range(4):

@@ -40,7 +40,7 @@ def extractor(features):
 
 @pytest.fixture(scope="module")
 def drawn():
-    images, labels = shapes.draw(2 * N, seed=7)
+    images, labels = shapes.draw(2 * N, seed=7, size=32)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
@@ -453,7 +453,7 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
     assert images.startswith("shapes: 1500 images, 10 classes (disk, ") and path == out
     assert float(accuracy.split(" % of 5000")[0]) > 60              # of ten classes, after 45 steps
     extractor = metrics.exported(out, 32, torch.device("cpu"))
-    features, logits = extractor(torch.from_numpy(shapes.draw(30, 3)[0]))
+    features, logits = extractor(torch.from_numpy(shapes.draw(30, 3, 32)[0]))
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
     assert extractor.classes == shapes.CLASSES
     with zipfile.ZipFile(out) as archived:          # of this machine it says nothing
@@ -547,7 +547,7 @@ def test_training_is_measured_on_other_noise_than_evaluate_takes_at_its_seed(tmp
     monkeypatch.setattr(sampling, "generate", lambda sample, size, seed, *a: seeds.append(seed) or generate(
         sample, size, seed, *a
     ))
-    dataset = data.Dataset(*(torch.from_numpy(array) for array in shapes.draw(64, 0)), shapes.CLASSES)
+    dataset = data.Dataset(*(torch.from_numpy(array) for array in shapes.draw(64, 0, 32)), shapes.CLASSES)
     measure = validation.Validation(dataset, extractor, 64, 3, tmp_path, torch.device("cpu"))
     measure(lambda z, labels, renoise: z)
     measure(lambda z, labels, renoise: z)
