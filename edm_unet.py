@@ -283,14 +283,14 @@ class EDMUNet(Denoiser):
         """
         emb = self.embed(c_noise, labels)                                           # [B, E]
         h, aux, skips = x, x, []
-        for block in self.enc.values():             # [B, 2M, 32, 32] to [B, 2M, 8, 8]
+        for block in self.enc.values():             # [B, 3, H, W] to [B, C, h, h], h: bottleneck_size
             if isinstance(block, AuxResidual):
                 h = skips[-1] = aux = (h + block(aux)) * SQRT_HALF
             else:
                 h = block(h, emb) if isinstance(block, Block) else block(h)
                 skips.append(h)
         per_level = len(skips) // (len(self.feature_channels) - 1)
-        for name, block in self.dec.items():        # and back to [B, 2M, 32, 32]
+        for name, block in self.dec.items():        # and back to [B, C, H, W]
             if not isinstance(block, Block):
                 break
             if "_block" in name:

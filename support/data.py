@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from constants import IMAGE_SIZE
 from support import image_cache, image_files, networks, processes, published, shapes
 from support.errors import UsageError
 from support.flags import DATASETS
@@ -25,6 +26,7 @@ from support.image_files import DataError, few, number
 from support.published import PUBLISHED
 
 SHAPES_TRAIN_IMAGES = 20_000
+UNSORTED = "no class folders"                       # the note about images that lie in no class's folder
 # Folders of these names hold a part of the dataset, each with the same classes.
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
@@ -38,7 +40,7 @@ class Dataset:
     notes: list = field(default_factory=list)       # how the images were read, as of image_files.read
 
     def __str__(self):
-        """270 images (20 converted to sRGB by a colour profile), 2 classes (leaf, sky), 30 files left out (.heic)"""
+        """270 images (20 enlarged; 270 resized to 32x32), 2 classes (leaf, sky), 30 files left out (.heic)"""
         words = [number(len(self.images), "image") + (f" ({'; '.join(self.notes)})" if self.notes else "")]
         words += [f"{number(len(self.classes), 'class', 'classes')} ({few(self.classes)})"]
         return ", ".join(words + ([image_files.left_out(self.left_out)] if self.left_out else []))
@@ -51,7 +53,7 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load(name, data_dir="data", split="train", cache_dir=None, size=32):
+def load(name, data_dir="data", split="train", cache_dir=None, size=IMAGE_SIZE):
     """Read a dataset into memory.
 
     Args:
@@ -77,16 +79,18 @@ def load(name, data_dir="data", split="train", cache_dir=None, size=32):
     return load_folder(Path(data_dir), split, cache_dir, size)
 
 
-def load_folder(root, split, cache_dir=None, size=32):
+def load_folder(root, split, cache_dir, size):
     root, data_dir = split_folder(root, split), root
     folders = class_folders(root)
     loose = sorted({*root.iterdir()} - {*folders})
     seen, notes = {os.path.realpath(root)}, [f"in {root}"] if root != data_dir else []
     found = [image_files.find(folder, seen) for folder in folders]
     classes = [folder.name for folder in folders]
-    if holds_images(root) and not any(images for images, _ in found):
+    inside, others = (sum(len(some[kind]) for some in found) for kind in (0, 1))
+    # Folders beside images may describe them; if they have more files, they are classes that cannot be read.
+    if not inside and len(images_in(root)) >= max(1, others):
         classes, folders, found, loose = [Path(os.path.abspath(data_dir)).name], [root], [image_files.find(root)], []
-        notes += ["no class folders"]
+        notes += [UNSORTED]
     if not folders:
         raise DataError(f"--data_dir {root} has no class folders, and no images")
     empty = [folder.name for folder, (images, _) in zip(folders, found, strict=True) if not images]
@@ -118,7 +122,7 @@ def split_folder(root, split):
     others = [folder for folder in folders if folder.name.lower() not in SPLITS]
     names = [folder.name for folder in folders]
     inner = class_folders(root / split) if split in names else []
-    if inner or (split in names and holds_images(root / split)):
+    if inner or (split in names and images_in(root / split)):
         beside = [folder.name for folder in others if image_files.find(folder)[0]]
         if inner and beside:
             raise DataError(
@@ -158,9 +162,9 @@ def class_folders(root):
     return [root / entry.name for entry in entries(root) if entry.is_dir()]
 
 
-def holds_images(root):
-    """Whether there are images in root itself."""
-    return any(image_files.is_image(Path(entry.name)) and not entry.is_dir() for entry in entries(root))
+def images_in(root):
+    """The names of the images in root itself."""
+    return [e.name for e in entries(root) if image_files.is_image(Path(e.name)) and not e.is_dir()]
 
 
 def to_float(images):
@@ -241,6 +245,30 @@ def trained_on(state):
     return state.get("batches", {}).get("digest") or state.get("images_digest")
 
 
+def with_classes_of(state, loaded, dataset):
+    """The images of a dataset, labelled as the classes of the checkpoint are.
+
+    Raises:
+        UsageError: the dataset has other classes.
+    """
+    theirs, ours, config = state["classes"], loaded.classes, state["model_config"]
+    if not config["label_dim"]:                     # an unconditional network: no image has a class
+        return replace(loaded, labels=torch.zeros_like(loaded.labels), classes=theirs)
+    # A file of EDM's names no classes; EDM's dataset_tool.py numbers them in the order of their folders' names.
+    nameless = config.get("network") == "EDMUNet" and theirs == [str(label) for label in range(len(ours))]
+    of_one = len(theirs) == len(ours) == 1 and UNSORTED in loaded.notes             # named after its folder
+    order, labels = ours, loaded.labels
+    if sorted(ours) == sorted(theirs):              # the same names, perhaps in another order
+        order, labels = theirs, torch.tensor([theirs.index(name) for name in ours])[labels]
+    elif not (of_one or (nameless and not {*ours} & {*theirs})):
+        found = f"--dataset {dataset} has the classes {few(ours)}"
+        raise UsageError(f"{found}; those of the checkpoint are {few(theirs)}")
+    if nameless and ours != theirs:
+        line = f"note: the checkpoint's classes have no names; taken to be, in this order: {few(order)}"
+        processes.main_only(print)(line, file=sys.stderr)
+    return replace(loaded, labels=labels, classes=theirs)
+
+
 def from_flags(args, state=None, split="train"):
     """The dataset that named() names, which must have the classes of the checkpoint; says if its images are others.
 
@@ -253,17 +281,8 @@ def from_flags(args, state=None, split="train"):
         raise UsageError("the checkpoint does not name its images: give --dataset and --data_dir")
     size = networks.image_size(state["model_config"]) if state else args.image_size
     loaded = processes.first_of_host(load, dataset, data_dir, split, getattr(args, "cache_dir", None), size)
-    if state and not state["model_config"]["label_dim"]:        # an unconditional network: no image has a class
-        loaded = replace(loaded, labels=torch.zeros_like(loaded.labels), classes=state["classes"])
-    numbers = [str(label) for label in range(len(loaded.classes))]
-    if state and state["classes"] == numbers and not set(numbers) & set(loaded.classes):
-        # A file of EDM's names no classes; EDM's dataset_tool.py numbers them in the order of their folders' names.
-        line = f"note: the checkpoint's classes have no names; taken to be, in this order: {few(loaded.classes)}"
-        processes.main_only(print)(line, file=sys.stderr)
-        loaded = replace(loaded, classes=state["classes"])
-    if state and loaded.classes != state["classes"]:
-        theirs, ours = few(state["classes"]), few(loaded.classes)
-        raise UsageError(f"--dataset {dataset} has the classes {ours}; those of the checkpoint are {theirs}")
+    if state:
+        loaded = with_classes_of(state, loaded, dataset)
     mirrored = "; half of the images are mirrored (--flip 1)" if getattr(args, "flip", 0) else ""
     processes.main_only(print)(f"{dataset}: {loaded}{mirrored}")
     if state and split == "train" and trained_on(state) not in (None, loaded.digest()) and processes.MAIN:

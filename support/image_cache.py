@@ -20,7 +20,7 @@ WORTH_KEEPING = 1.0                                 # seconds that it took to re
 SETTLED = 2.0                                       # seconds: the coarsest clock of file systems, that of FAT
 
 
-def read(paths, root, cache_dir, size=32):
+def read(paths, root, cache_dir, size):
     """image_files.read(paths, size) of files below root, from cache_dir if that has them as they are now.
 
     There is one file per root and size; it is written only if reading took more than a second. A file that cannot be

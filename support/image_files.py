@@ -1,7 +1,7 @@
 """Find the image files in a folder, and read them, of any format, as RGB images of one size.
 
     images, others = find("photos")          # paths: what Pillow reads, and the rest
-    pixels, notes = read(images, size=64)    # uint8 [N, 3, 64, 64]; what was done to their colours
+    pixels, notes = read(images, size=64)    # uint8 [N, 3, 64, 64]; what was done to them
 """
 
 import os
@@ -89,8 +89,8 @@ def left_out(paths):
     return ", ".join(words)
 
 
-def read(paths, size=32):
-    """The images, uint8 [N, 3, size, size] RGB, and a list of what was done to their colours: ["3 scaled by ...", ...].
+def read(paths, size):
+    """The images, uint8 [N, 3, size, size] RGB, and a list of what was done to them: ["3 resized to 32x32", ...].
 
     The order is that of the paths. Threads decode on all cores, as decoders release the interpreter lock. They make
     photographs faster, not PNGs of 32x32; on two cores, processes gained less there than they took to start.
@@ -110,7 +110,7 @@ def read(paths, size=32):
             try:
                 found = pixels.decode(paths[i], size, depths)
             except Exception as error:              # each of Pillow's readers has its own ways to fail
-                failed[i] = f"cannot read image {paths[i]}: {error}"
+                failed[i] = f"cannot read image {paths[i]}: {str(error) or type(error).__name__}"
             else:
                 images[i], notes[i] = found.pixels.transpose(2, 0, 1), found.notes
                 if found.unknown:

@@ -46,11 +46,11 @@ DEPTHS = (8, 10, 12, 14, 16, 24)
 
 class Decoded(NamedTuple):
     pixels: np.ndarray                              # uint8 [size, size, 3]
-    notes: tuple = ()                               # what was done to the colours, to complete "3 images ..."
+    notes: tuple = ()                               # what was done to it, to complete "3 images ..."
     unknown: tuple | None = None                    # (bits per value, largest value) if the file does not name white
 
 
-def decode(path, size=32, depths=None):
+def decode(path, size, depths=None):
     """Read an image: the shorter side is resized to so many pixels and the centre is cut out.
 
     Of several frames the first is read. Transparent images are put on white; colours are converted to sRGB by the
@@ -64,7 +64,7 @@ def decode(path, size=32, depths=None):
             whose white is unknown.
     """
     with Image.open(path) as file:
-        draft = None
+        draft, fit = None, fit_notes(file.size, size)
         if min(file.size) >= DRAFT_FROM * size:
             draft = file.draft(None, [side // 8 for side in file.size])             # None unless it is a JPEG
         tiles = list(file.tile)
@@ -79,7 +79,13 @@ def decode(path, size=32, depths=None):
         image = centre(resized(upright(image, file), size), size)
         if transform:                               # of these pixels only, as millions would take long
             image = ImageCms.applyTransform(image.convert(mode), transform)
-        return Decoded(np.asarray(image), notes + more, unknown)
+        return Decoded(np.asarray(image), notes + more + fit, unknown)
+
+
+def fit_notes(sides, size):
+    """The notes on an image of these sides, in pixels, that becomes one of size x size."""
+    resized = (f"resized to {size}x{size}",) if sides != (size, size) else ()
+    return resized + (("enlarged",) if min(sides) < size else ())
 
 
 def resized(image, size, box=None):

@@ -52,7 +52,7 @@ PUBLISHED = dict(
 )
 
 
-def load(name, root, split, size=32):
+def load(name, root, split, size):
     """A dataset of PUBLISHED, which is downloaded to root if it is not there.
 
     Greys become RGB. Images of 28x28 get a black border of 2 pixels at size 32; other sizes are resized and cropped as
@@ -79,6 +79,8 @@ def load(name, root, split, size=32):
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images and {len(labels)} labels")
         classes = list(kind.classes or found.classes)
+    except MemoryError:                             # the files are not to blame
+        raise
     except Exception as error:                      # torchvision raises whatever urllib, tarfile and pickle do
         for folder in absent:                       # torchvision made it for the download that failed
             with contextlib.suppress(OSError):

@@ -1,10 +1,10 @@
 """The built-in dataset `shapes`: ten anti-aliased figures on a dark background, drawn from a seed, nothing to download.
 
-    images, labels = draw(1000, seed=0)      # uint8 [1000, 3, 32, 32], int64 [1000]
+    images, labels = draw(1000, seed=0, size=32)     # uint8 [1000, 3, 32, 32], int64 [1000]
 
 Image i depends on (seed, n) alone, so each new seed gives fresh test images of the same distribution; another size
-shows the same figures in more or fewer pixels. Poses and colours
-vary little on purpose: a small network learns the dataset in minutes on a laptop.
+shows the same figures in more or fewer pixels. Poses and colours vary little on purpose: a small network learns the
+dataset in minutes on a laptop.
 """
 
 import numpy as np
@@ -43,7 +43,7 @@ COLOURS = np.array([[230, 60, 60], [235, 220, 70], [90, 200, 80], [80, 120, 240]
 BACKGROUND = np.array([20, 20, 28], dtype=np.float32)
 
 
-def draw(n, seed, size=32):
+def draw(n, seed, size):
     """Draw n images, classes in turn.
 
     Returns:

@@ -1,5 +1,6 @@
 import argparse
 import hashlib
+import inspect
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import image_tree
 from PIL import Image
 
 from model import SimpleUNet
-from support import data, image_cache, networks, shapes
+from support import data, errors, image_cache, image_files, networks, pixels, published, shapes
 
 
 def test_float_and_uint8_are_inverse():
@@ -19,22 +20,22 @@ def test_float_and_uint8_are_inverse():
 
 
 def test_shapes_are_reproducible_balanced_and_fresh_for_another_seed():
-    images, labels = shapes.draw(200, seed=3)
-    again, _ = shapes.draw(200, seed=3)
-    other, _ = shapes.draw(200, seed=4)
+    images, labels = shapes.draw(200, seed=3, size=32)
+    again, _ = shapes.draw(200, seed=3, size=32)
+    other, _ = shapes.draw(200, seed=4, size=32)
     assert images.shape == (200, 3, 32, 32) and images.dtype == np.uint8
     assert np.array_equal(images, again) and not np.array_equal(images, other)
     assert (np.bincount(labels) == 20).all()
 
 
 def test_shapes_are_antialiased_and_tell_the_classes_apart():
-    images, labels = shapes.draw(2000, seed=0)
+    images, labels = shapes.draw(2000, seed=0, size=32)
     brightness = images.astype(np.float32).max(1)                                   # [N, 32, 32]
     assert len(np.unique(images)) > 100             # edges have many levels between figure and background
     # Nearest class mean by silhouette, on fresh images: the figures differ by more than pose and colour do.
     silhouette = (brightness / brightness.max((1, 2), keepdims=True)).reshape(2000, -1)
     means = np.stack([silhouette[labels == c].mean(0) for c in range(10)])
-    fresh, fresh_labels = shapes.draw(500, seed=1)
+    fresh, fresh_labels = shapes.draw(500, seed=1, size=32)
     bright = fresh.astype(np.float32).max(1)
     bright = (bright / bright.max((1, 2), keepdims=True)).reshape(500, -1)
     guess = ((bright[:, None] - means[None]) ** 2).sum(-1).argmin(1)
@@ -42,7 +43,7 @@ def test_shapes_are_antialiased_and_tell_the_classes_apart():
 
 
 def test_shapes_of_32_pixels_never_change():
-    images, labels = shapes.draw(50, seed=3)
+    images, labels = shapes.draw(50, seed=3, size=32)
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     assert digest == "cde177048d244fc7eefcf43d2401f104d5b3db1e5eb165e7e70e23ce01fc4d50"
 
@@ -51,7 +52,7 @@ def test_shapes_of_32_pixels_never_change():
 def test_shapes_are_the_same_figures_at_any_size(size):
     """Both sizes, averaged over blocks of the same part of the image, agree up to the levels of their edges."""
     images, labels = shapes.draw(50, 3, size)
-    usual, usual_labels = shapes.draw(50, 3)
+    usual, usual_labels = shapes.draw(50, 3, 32)
     assert images.shape == (50, 3, size, size) and np.array_equal(labels, usual_labels)
     coarse, fine = (some.reshape(50, 3, 16, n, 16, n).mean((3, 5)) for some, n in ((images, size // 16), (usual, 2)))
     assert np.abs(coarse - fine).mean() < 1 and np.abs(coarse - fine).max() < 60
@@ -62,6 +63,14 @@ def test_a_dataset_has_the_size_of_the_flag_or_of_the_checkpoint_s_network(tmp_p
     assert data.from_flags(args).images.shape == (6, 3, 64, 64)
     config = networks.described(SimpleUNet(channels=8, label_dim=2))
     assert data.from_flags(args, dict(model_config=config, classes=["cat", "dog"])).images.shape == (6, 3, 32, 32)
+
+
+@pytest.mark.parametrize("function", [
+    data.load_folder, shapes.draw, published.load, image_cache.read, image_files.read, pixels.decode,
+])
+def test_a_forgotten_size_is_an_error(function):
+    """Networks of convolutions take images of any size: a default would pass unnoticed."""
+    assert inspect.signature(function).parameters["size"].default is inspect.Parameter.empty
 
 
 def test_train_and_test_split_of_shapes_differ():
@@ -101,7 +110,8 @@ def test_a_folder_tells_what_it_found_and_what_it_left_out(tmp_path):
     for name in ("cat/a.heic", "dog/b.HEIC", "dog/notes", "labels.csv", "stray.png"):
         (tree / name).write_bytes(b"")
     dataset = data.load("folder", tree)
-    assert str(dataset) == "8 images, 2 classes (cat, dog), 5 files left out (.csv, .heic, .png, notes)"
+    said = "8 images (6 resized to 32x32), 2 classes (cat, dog), 5 files left out (.csv, .heic, .png, notes)"
+    assert str(dataset) == said
     assert dataset.labels.tolist() == [0] * 4 + [1] * 4
     assert str(data.Dataset(dataset.images, dataset.labels, [*"abcdefghijklm"])).endswith("13 classes "
         "(a, b, c, d, e, f, g, h, i, j, ...)")
@@ -189,12 +199,13 @@ def test_it_says_which_folders_are_the_classes(tmp_path, capsys):
 
 def test_images_without_class_folders_are_one_class_named_after_the_folder(tmp_path, monkeypatch, capsys):
     photos = image_tree(tmp_path, classes=("photos",)) / "photos"
-    assert str(data.load("folder", photos)) == "3 images (no class folders), 1 class (photos)"
+    said = "3 images (no class folders; 3 resized to 32x32), 1 class (photos)"
+    assert str(data.load("folder", photos)) == said
     for name in ("annotations/boxes.txt", "labels/list.csv", "._0.png"):
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).write_bytes(b"\0")
     dataset = data.load("folder", photos)
-    assert str(dataset).endswith("(no class folders), 1 class (photos), 3 files left out (.csv, .txt, hidden)")
+    assert str(dataset) == f"{said}, 3 files left out (.csv, .txt, hidden)"
     assert dataset.images[:, 1, 0, 0].tolist() == [0, 10, 20] and dataset.labels.tolist() == [0, 0, 0]
     monkeypatch.chdir(photos)
     assert data.load("folder", ".").digest() == dataset.digest() and capsys.readouterr().err == ""
@@ -207,10 +218,54 @@ def test_images_without_class_folders_are_one_class_named_after_the_folder(tmp_p
     assert str(data.load("folder", photos)) == said
 
 
+def test_class_folders_of_unreadable_files_are_refused_beside_a_few_images(tmp_path):
+    tree = nested(tmp_path, "cat", "dog")
+    for name in "cat", "dog":
+        (tree / name / "a.png").rename(tree / name / "a.heic")
+    Image.new("L", (32, 32)).save(tree / "preview.png")
+    with pytest.raises(data.DataError, match="no images in class folder cat, dog"):
+        data.load("folder", tree)
+    Image.new("L", (32, 32)).save(tree / "second.png")              # as many: the files may describe the images
+    said = f"2 images (no class folders), 1 class ({tmp_path.name}), 2 files left out (.heic)"
+    assert str(data.load("folder", tree)) == said
+
+
+def of_checkpoint(classes, folder):
+    """What data.from_flags reads of a folder for a SimpleUNet of these classes."""
+    config = networks.described(SimpleUNet(channels=8, label_dim=len(classes)))
+    args = argparse.Namespace(dataset="folder", data_dir=str(folder))
+    return data.from_flags(args, dict(model_config=config, classes=classes))
+
+
+def test_classes_of_another_order_go_by_their_names(tmp_path):
+    found = of_checkpoint(["dog", "owl", "cat"], image_tree(tmp_path, ("cat", "dog", "owl"), n=1, size=(32, 32)))
+    assert found.classes == ["dog", "owl", "cat"] and found.labels.tolist() == [2, 0, 1]
+    assert found.images[:, 0, 0, 0].tolist() == [0, 50, 100]
+    with pytest.raises(errors.UsageError, match="has the classes cat, dog, owl; those of the checkpoint are dog, owl"):
+        of_checkpoint(["dog", "owl"], tmp_path)
+
+
+def test_digits_that_a_teacher_was_trained_on_are_no_other_classes(tmp_path):
+    digits = [str(digit) for digit in range(10)]
+    assert of_checkpoint(digits, image_tree(tmp_path / "digits", digits, n=1)).labels.tolist() == list(range(10))
+    with pytest.raises(errors.UsageError, match=r"classes a, b, c, .* those of the checkpoint are 0, 1, 2"):
+        of_checkpoint(digits, image_tree(tmp_path / "others", "abcdefghij", n=1))
+
+
+def test_images_without_class_folders_are_of_the_checkpoint_s_one_class(tmp_path):
+    faces = data.load("folder", image_tree(tmp_path, classes=("faces",)) / "faces")
+    (tmp_path / "faces").rename(tmp_path / "people")
+    found = of_checkpoint(["faces"], tmp_path / "people")
+    assert found.classes == ["faces"] and found.digest() == faces.digest()
+    for classes, folder in ((["faces"], tmp_path), (["faces", "cats"], tmp_path / "people")):
+        with pytest.raises(errors.UsageError, match="has the classes people; those of the checkpoint are faces"):
+            of_checkpoint(classes, folder)          # a class folder that is called people; a checkpoint of two classes
+
+
 def test_a_dataset_without_classes_may_have_splits(tmp_path):
     faces = image_tree(tmp_path / "faces", classes=("train", "test"))
     train, test = (data.load("folder", faces, split) for split in ("train", "test"))
-    assert str(train) == f"3 images (in {faces}/train; no class folders), 1 class (faces)"
+    assert str(train) == f"3 images (in {faces}/train; no class folders; 3 resized to 32x32), 1 class (faces)"
     assert test.classes == ["faces"] and test.images[0, 0, 0, 0] == 50
     image_tree(faces, classes=("bus",))             # beside another class they are classes
     assert data.load("folder", faces).classes == ["bus", "test", "train"]
@@ -238,10 +293,12 @@ def test_the_line_about_the_dataset_tells_of_mirroring_and_of_the_cache(tmp_path
     args = argparse.Namespace(dataset="folder", data_dir=folder, image_size=32, cache_dir=cache, flip=1)
     first = data.from_flags(args)
     mirrored = "; half of the images are mirrored (--flip 1)\n"
-    assert capsys.readouterr().out == "folder: 6 images, 2 classes (cat, dog)" + mirrored
+    resized, classes = "6 resized to 32x32", "2 classes (cat, dog)"
+    assert capsys.readouterr().out == f"folder: 6 images ({resized}), {classes}{mirrored}"
     args.flip = 0
     assert data.from_flags(args).digest() == first.digest()
-    assert capsys.readouterr().out == f"folder: 6 images (read from the cache in {cache}), 2 classes (cat, dog)\n"
+    read = f"read from the cache in {cache}; {resized}"
+    assert capsys.readouterr().out == f"folder: 6 images ({read}), {classes}\n"
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
@@ -261,10 +318,10 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 def test_batches_depend_on_seed_and_step_and_use_every_image_once_an_epoch():
     n = 50
-    pixels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 32, 32)
-    dataset = data.Dataset(pixels, torch.arange(n), [])
+    values = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 32, 32)
+    dataset = data.Dataset(values, torch.arange(n), [])
     batches = data.Batches(dataset, 20, seed=1, device="cpu")
-    assert batches.images.data_ptr() == pixels.data_ptr()           # not a copy
+    assert batches.images.data_ptr() == values.data_ptr()           # not a copy
     labels = [batches(step)[1] for step in range(10)]
     stream = torch.cat(labels)
     for epoch in range(4):

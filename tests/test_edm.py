@@ -460,6 +460,15 @@ def test_numbered_classes_are_those_of_the_images_in_their_order(tmp_path, capsy
             data.from_flags(flags, state)
 
 
+def test_numbered_folders_go_by_their_numbers_not_by_their_order(tmp_path, capsys):
+    state = checkpoint.load(write(tmp_path / "net.pkl", ema_of(tiny(label_dim=12))))
+    tree = image_tree(tmp_path / "images", [str(label) for label in range(12)], n=1, size=(32, 32))
+    found = data.from_flags(argparse.Namespace(dataset="folder", data_dir=str(tree)), state)
+    assert found.classes == state["classes"] and found.labels.tolist() == [0, 1, 10, 11, *range(2, 10)]
+    assert found.images[:6, 0, 0, 0].tolist() == [0, 50, 255, 255, 100, 150]        # as the folders are numbered
+    assert "taken to be, in this order: 0, 1, 2, 3," in capsys.readouterr().err
+
+
 @KINDS
 def test_it_is_sampled_by_heuns_method_and_cannot_be_guided(tmp_path, capsys, kind):
     path, out = write(tmp_path / "net.pkl", ema_of(tiny(**kind))), str(tmp_path / "grid.png")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, TINY, Features, call, export, log_of, teacher_flags
+from conftest import ROOT, TINY, Features, call, export, image_tree, log_of, teacher_flags
 from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -40,7 +40,7 @@ def extractor(features):
 
 @pytest.fixture(scope="module")
 def drawn():
-    images, labels = shapes.draw(2 * N, seed=7)
+    images, labels = shapes.draw(2 * N, seed=7, size=32)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
@@ -308,6 +308,13 @@ def test_a_folder_of_images_is_measured(drawn, tmp_path, flags, capsys):
     assert "images: 1 file left out (.txt)" in capsys.readouterr().err
 
 
+def test_images_of_another_size_are_resized_and_counted(tmp_path, capsys):
+    folder = image_tree(tmp_path, ("made",), size=(64, 64)) / "made"
+    for size, said in ((32, f"note: {folder}: 3 resized to 32x32\n"), (64, "")):
+        assert evaluate.read_images(folder, size).shape == (3, 3, size, size)
+        assert capsys.readouterr().err == said
+
+
 class Evil:
     """Unpickled, it makes a folder."""
 
@@ -442,10 +449,11 @@ def test_the_feature_network_of_shapes_is_trained_saved_and_used(tmp_path, capsy
     monkeypatch.setattr(features_script, "SHAPES_IMAGES", 1500)
     out = str(tmp_path / "shapes.pt2")
     assert call(features_script, "--dataset", "shapes", "--device", "cpu", "--epochs", "3", "--out", out) == 0
-    path, accuracy = capsys.readouterr().out.splitlines()
-    assert path == out and float(accuracy.split(" % of 5000")[0]) > 60              # of ten classes, after 45 steps
+    images, path, accuracy = capsys.readouterr().out.splitlines()
+    assert images.startswith("shapes: 1500 images, 10 classes (disk, ") and path == out
+    assert float(accuracy.split(" % of 5000")[0]) > 60              # of ten classes, after 45 steps
     extractor = metrics.exported(out, 32, torch.device("cpu"))
-    features, logits = extractor(torch.from_numpy(shapes.draw(30, 3)[0]))
+    features, logits = extractor(torch.from_numpy(shapes.draw(30, 3, 32)[0]))
     assert features.shape == (30, 128) and logits.shape == (30, 10) and extractor.name == "FD"
     assert extractor.classes == shapes.CLASSES
     with zipfile.ZipFile(out) as archived:          # of this machine it says nothing
@@ -468,15 +476,16 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
     out = str(tmp_path / "folder.pt2")
     argv = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--out", out, "--flip"]
     assert call(features_script, *argv, "0", "--epochs", "5") == 0
-    path, unknown = capsys.readouterr().out.splitlines()
-    assert path == out and "accuracy unknown: " in unknown and "no folder test" in unknown
+    images, path, unknown = capsys.readouterr().out.splitlines()
+    assert images == f"folder: 200 images (in {tmp_path}/data/train), 2 classes (left, right)" and path == out
+    assert "accuracy unknown: " in unknown and "no folder test" in unknown
     write("test", 1)
     test = data.load("folder", str(tmp_path / "data"), "test")
     features, logits = metrics.exported(out, 32, torch.device("cpu"))(test.images)
     assert features.shape == (200, 256) and logits.shape == (200, 2)
     assert (logits.argmax(1) == test.labels).double().mean() > 0.9
     assert call(features_script, *argv, "1", "--epochs", "3") == 0
-    path, accuracy = capsys.readouterr().out.splitlines()
+    *_, accuracy = capsys.readouterr().out.splitlines()
     assert float(accuracy.split(" % of 200")[0]) < 75
     (tmp_path / "data" / "test" / "left").rename(tmp_path / "data" / "test" / "up")
     for split in "train", "test":
@@ -538,7 +547,7 @@ def test_training_is_measured_on_other_noise_than_evaluate_takes_at_its_seed(tmp
     monkeypatch.setattr(sampling, "generate", lambda sample, size, seed, *a: seeds.append(seed) or generate(
         sample, size, seed, *a
     ))
-    dataset = data.Dataset(*(torch.from_numpy(array) for array in shapes.draw(64, 0)), shapes.CLASSES)
+    dataset = data.Dataset(*(torch.from_numpy(array) for array in shapes.draw(64, 0, 32)), shapes.CLASSES)
     measure = validation.Validation(dataset, extractor, 64, 3, tmp_path, torch.device("cpu"))
     measure(lambda z, labels, renoise: z)
     measure(lambda z, labels, renoise: z)

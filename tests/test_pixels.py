@@ -15,7 +15,7 @@ SQUARE = np.pad(np.full((16, 16), 255, np.uint8), 8)            # what is opaque
 
 def read_file(path):
     """The pixels, uint8 [32, 32, 3], of a file that is a dataset of its own."""
-    return image_files.read([path])[0][0].permute(1, 2, 0).numpy()
+    return image_files.read([path], 32)[0][0].permute(1, 2, 0).numpy()
 
 
 def read(folder, image, suffix=".png", **options):
@@ -46,7 +46,7 @@ def read_bytes(folder, *contents, suffix=".png"):
     paths = [folder / f"{i}{suffix}" for i in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    images, notes = image_files.read(paths)
+    images, notes = image_files.read(paths, 32)
     return images.permute(0, 2, 3, 1).numpy(), notes
 
 
@@ -134,7 +134,7 @@ def test_one_bright_image_tells_that_the_others_are_dark(tmp_path):
     assert [image.mean() for image in images] == [4, 255, 3] and notes == []        # 3: Pillow keeps the upper byte
     for i, value in enumerate((128, 255)):
         Image.fromarray(flat(value).astype(np.int32)).save(tmp_path / f"{i}.tif")
-    images, notes = image_files.read([tmp_path / "0.tif", tmp_path / "1.tif"])
+    images, notes = image_files.read([tmp_path / "0.tif", tmp_path / "1.tif"], 32)
     assert (images[0] == 128).all() and "2 of 32 bits read with 255 as white" in notes[0]
 
 
@@ -254,7 +254,7 @@ def test_colours_become_srgb(tmp_path, primaries, white, gamma, suffix):
     light = linear(values / 255) if gamma is None else (values / 255) ** gamma
     wanted = encoded(light @ (np.linalg.inv(to_xyz(SRGB, D65)) @ matrix).T)
     Image.fromarray(values).save(tmp_path / f"a{suffix}", icc_profile=profile(matrix=matrix, gamma=gamma))
-    images, notes = image_files.read([tmp_path / f"a{suffix}"])
+    images, notes = image_files.read([tmp_path / f"a{suffix}"], 32)
     assert np.abs(images[0].permute(1, 2, 0).numpy() - wanted).max() < 2
     assert notes == ["1 converted to sRGB by a colour profile"]
 
@@ -269,7 +269,7 @@ def test_greys_become_srgb_too(tmp_path):
 def test_a_profile_of_inks_is_asked(tmp_path, monkeypatch):
     inks = Image.new("CMYK", (64, 64), (0, 255, 255, 0))
     inks.save(tmp_path / "a.jpg", icc_profile=profile(matrix=to_xyz(P3, D65)))      # of light, not of inks
-    assert pixels.decode(tmp_path / "a.jpg").notes == ("with an unusable colour profile, ignored",)
+    assert pixels.decode(tmp_path / "a.jpg", 64).notes == ("with an unusable colour profile, ignored",)
     monkeypatch.setattr(pixels, "to_srgb", lambda profile: ("CMYK", "a transform"))
     black, asked = Image.new("RGB", (32, 32)), []
     monkeypatch.setattr(ImageCms, "applyTransform", lambda image, _: asked.append(image) or black)
@@ -286,7 +286,7 @@ def test_images_of_srgb_or_a_broken_profile_keep_every_bit(tmp_path):
         ("grey", profile(b"GRAY", gamma=1.0), unusable),
     ):
         Image.fromarray(values).save(tmp_path / f"{name}.png", icc_profile=icc)
-        images, notes = image_files.read([tmp_path / f"{name}.png"])
+        images, notes = image_files.read([tmp_path / f"{name}.png"], 32)
         assert np.array_equal(images[0].permute(1, 2, 0).numpy(), values) and notes == wanted, name
 
 

@@ -76,7 +76,7 @@ def test_the_whole_pipeline_runs_without_what_windows_lacks(tmp_path, features):
         capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT)), timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert r"256 images, 2 classes (aux.x, caf\xe9)" in done.stdout
+    assert r"256 images (256 resized to 32x32), 2 classes (aux.x, caf\xe9)" in done.stdout
     assert "stopped; continue with --resume: step 2 of 9" in done.stdout and checkpoint.load(a)["step"] == 3
     assert "note: in the file names of --images: aux.x as aux_.x" in done.stderr
     assert sorted(os.listdir(images)) == ["aux_.x_00000.png", "aux_.x_00002.png", "café_00001.png", "café_00003.png"]

@@ -46,7 +46,8 @@ def test_a_run_says_what_it_is_made_of_and_notices_that_it_has_changed(tmp_path,
     images = ["--dataset", "folder", "--data_dir", str(tree), "--channels", "8"]
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert call(train0, *images, *few, "--run_dir", a) == 0
-    assert "folder: 6 images, 2 classes (cat, dog), 1 file left out (.txt)" in capsys.readouterr().out
+    said = "folder: 6 images (6 resized to 32x32), 2 classes (cat, dog), 1 file left out (.txt)"
+    assert said in capsys.readouterr().out
     assert call(train, "--teacher", a, *few, "--gen_cls_loss_weight", "0.1", "--run_dir", b) == 0
     assert f"teacher: {a}/checkpoint.pt, step 2, 2 classes (cat, dog)" in capsys.readouterr().out
     resumed = ["--run_dir", b, "--resume", "--device", "cpu", "--steps"]

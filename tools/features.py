@@ -136,6 +136,7 @@ def main(argv=None):
     if len(dataset.classes) == 1:
         raise errors.UsageError(f"--dataset {args.dataset} has one class, {dataset.classes[0]}, and a classifier "
                                 "needs two: measure with Inception, or with tools.imagenet_features")
+    print(f"{args.dataset}: {dataset}")
     torch.manual_seed(args.seed)
     net = Classifier(recipe["body"](args.image_size), recipe["width"], len(dataset.classes))
     net = net.to(device, memory_format=torch.channels_last)
