@@ -52,7 +52,7 @@ def test_two_sizes_of_a_folder_are_kept_side_by_side(folder):
         for size in 16, 32, 64:
             images, notes = image_cache.read(paths, folder, cache, size)
             assert images.shape == (3, 3, size, size) and images[:, 0, 0, 0].tolist() == [0, 50, 100]
-            assert notes[: len(notes) - (size != 32)] == [f"read from the cache in {cache}"] * times
+            assert [note for note in notes if "cache" in note] == [f"read from the cache in {cache}"] * times
     assert len(list(cache.iterdir())) == 3
 
 
