@@ -75,6 +75,7 @@ NOT_NAMED = {
     ("evaluate", "--checkpoint"): ["no checkpoint at {value}:"],
     ("evaluate", "--guide"): ["no checkpoint at {value}:"],
     ("evaluate", "--npz"): ["cannot read {value}:"],
+    ("evaluate", "--image_size"): ["cannot read none.npz:"],
     ("evaluate", "--images"): ["cannot read folder {value}:", "no images in {value}"],
     ("benchmark", "--teacher"): ["no checkpoint at {value}:"],
 }
@@ -84,9 +85,10 @@ NEEDED = {
     ("sample", "--guide"): ["--autoguidance_scale", "2"],
     ("evaluate", "--guide"): ["--autoguidance_scale", "2"],
     ("sample", "--cfg_interval"): ["--cfg_scale", "2"],
+    ("evaluate", "--image_size"): ["--npz", "none.npz"],
 }
 # Flags that take the place of the --checkpoint of the base call.
-INSTEAD_OF_CHECKPOINT = {("evaluate", "--npz"), ("evaluate", "--images")}
+INSTEAD_OF_CHECKPOINT = {("evaluate", "--npz"), ("evaluate", "--images"), ("evaluate", "--image_size")}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def place(tmp_path_factory, tree, features):
     )
     valid = {
         "--init": teacher, "--guide": teacher, "--inception_weights": features, "--neighbours": "256",
-        "--walk": "walk.gif",
+        "--walk": "walk.gif", "--image_size": "64",
     }
     return folder, base, valid
 
