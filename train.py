@@ -25,7 +25,7 @@ if __name__ == "__main__":                          # --help and wrong flags, be
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -154,8 +154,10 @@ def grids(args, run, model, sample, num_classes, device):
     """A function that draws the run's grids: teacher and student from the same noise, and the DM gradient there."""
     rows, labels, noise = pictures.grid_inputs(args.seed, num_classes, model.shape[-1], device)
     guidance = model.guidance_model
-    with hardware.autocast(device, args.precision):
-        teacher_images = guidance.sample_teacher(noise(0), labels, num_steps=18)
+
+    @cache                                          # with the first grid: at the start the first step would wait for it
+    def teacher_images():
+        return guidance.sample_teacher(noise(0), labels, num_steps=18)
 
     @torch.no_grad()
     def draw_grids():
@@ -164,7 +166,7 @@ def grids(args, run, model, sample, num_classes, device):
         eager = torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
         with eager, hardware.autocast(device, args.precision):
             _, log = guidance.compute_distribution_matching_loss(images, labels, rng)
-        run.grid("teacher_student", rows, teacher_images, images)
+            run.grid("teacher_student", rows, teacher_images(), images)
         scale = 4 * log["grad"].std().clamp(min=1e-30)          # of an unguided teacher it is zero at step 0
         run.grid("dm_gradient", rows, log["grad"] / scale)
 
@@ -229,7 +231,7 @@ def main(argv=None):
     run = Run(args, state, device, stateful, describe, sample, validation.from_flags(args, dataset, device))
     del source, state                               # several times the size of the network
     draw_grids = grids(args, run, model, sample, num_classes, device)
-    if args.compile:                                # after the teacher's grid, whose batch has another size
+    if args.compile:
         torch._dynamo.config.recompile_limit = 32   # the networks share one forward, each with and without gradient
         for network in filter(None, (generator, guidance.fake_unet, guidance.real_unet, guidance.guide)):
             network.compile(dynamic=False)          # else the classifier head's double batch would make batches dynamic
