@@ -56,7 +56,7 @@ def parse_teacher(argv=None):
     parser = teacher_parser(argv)
 
     def choose(args):
-        preset = parser.preset or resume.choose_preset(args, figures=args.dataset == "shapes")
+        preset = parser.preset or resume.choose_preset(args, args.dataset == "shapes", args.image_size)
         return preset, presets.TEACHER.get(preset, {})
 
     args, state = resume.parse(parser, "teacher", choose, argv, TEACHER_FIXED)

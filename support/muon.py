@@ -44,49 +44,36 @@ def inverse_root(gram, dtype):
     return q / norm.sqrt()
 
 
-def inverse_roots(matrices, dtype=torch.float32):
-    """(X X^T)^(-1/2) of each matrix X [n, k], or of X^T X where X is tall: [m, m] with m = min(n, k), float32.
-
-    Those of one size run as a batch. Singular values of X below 0.01 of the largest get less than their inverse.
-
-    Args:
-        matrices: a list of float32 [n, k].
-        dtype: of the last products, where bf16 loses no more than in Muon's own iteration. The other products stay
-            float32, on a GPU too: X X^T holds squared singular values, and bf16 would lose small ones.
-    """
-    with hardware.full_float32(matrices[0].device):
-        short = [x.mT if len(x) > x.shape[1] else x for x in matrices]
-        grams, roots = [symmetric(x, x) for x in short], [None] * len(matrices)     # [m, m]
-        for m in {len(gram) for gram in grams}:
-            same = [i for i, gram in enumerate(grams) if len(gram) == m]
-            for i, q in zip(same, inverse_root(torch.stack([grams[i] for i in same]), dtype), strict=True):
-                roots[i] = q
-    return roots
-
-
-def orthogonalize(matrices, dtype=torch.float32, roots=None, scales=None, rate=1.0):
+def orthogonalize(matrices, dtype=torch.float32, scales=None, rate=1.0):
     """Replace each matrix U S V^T [n, k] by approximately U V^T: the same directions, singular values near 1.
 
     Muon's iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon) applies odd polynomials to X. The same
     result is Q X, or X Q where X is tall, with Q a polynomial of the smaller of X X^T and X^T X: then all products but
-    two are of small square matrices.
+    two are of small square matrices, and those of one size run as a batch. Singular values below 0.01 of the largest
+    stay below 1.
 
     Args:
         matrices: a list of float32 [n, k].
-        dtype: of the result and of the last products, as in inverse_roots.
-        roots: their inverse_roots; None: computed.
-        scales: a factor for each result; None: 1.
+        dtype: of the result and of the last products, where bf16 loses no more than in Muon's own iteration. The other
+            products stay float32, on a GPU too: X X^T holds squared singular values, and bf16 would lose small ones.
+        scales: a factor for each result, floats; None: 1.
         rate: one more factor for all, a float, or a 0-d tensor in a CUDA graph.
 
     Yields:
         the results one by one: on a CPU, memory that was just used is many times as fast as new memory.
     """
-    roots = roots or inverse_roots(matrices, dtype)
-    for x, q, scale in zip(matrices, roots, scales or [1.0] * len(matrices), strict=True):
-        tall, q, x = len(x) > x.shape[1], (q * scale * rate).to(dtype), x.to(dtype)
-        with hardware.full_float32(x.device):
-            update = x @ q if tall else q @ x
-        yield update
+    scales = scales or [1.0] * len(matrices)
+    tall = [len(x) > x.shape[1] for x in matrices]
+    with hardware.full_float32(matrices[0].device):
+        short = [x.mT if is_tall else x for x, is_tall in zip(matrices, tall, strict=True)]
+        grams, roots = [symmetric(x, x) for x in short], [None] * len(matrices)     # [n, n], n <= k
+        for n in {len(gram) for gram in grams}:
+            same = [i for i, gram in enumerate(grams) if len(gram) == n]
+            for i, q in zip(same, inverse_root(torch.stack([grams[i] for i in same]), dtype), strict=True):
+                roots[i] = q
+        for x, is_tall, q, scale in zip(matrices, tall, roots, scales, strict=True):
+            q, x = (q * scale * rate).to(dtype), x.to(dtype)
+            yield x @ q if is_tall else q @ x
 
 
 def as_matrix(weight):
@@ -107,15 +94,15 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: parameter groups of torch.optim, of weights [out, in, h, w].
         bf16: compute the last products in bf16; else in float32.
-        root_every: steps for which one inverse root serves. It changes slowly with a momentum that averages 20
-            gradients, and takes most of the time (docs/tuning.md).
+        every: a weight moves in every so-many-th step, by as many times the step, and the weights of a group take
+            turns. The momentum sees all gradients, and the inverse roots, most of the time, are computed less often.
 
     step() overwrites the gradients.
     """
 
-    def __init__(self, groups, bf16, root_every=1):
+    def __init__(self, groups, bf16, every=1):
         super().__init__(groups, dict(lr=0.0, step=0))
-        self.dtype, self.root_every = torch.bfloat16 if bf16 else torch.float32, root_every
+        self.dtype, self.every = torch.bfloat16 if bf16 else torch.float32, every
 
     @torch.no_grad()
     def step(self):
@@ -127,23 +114,18 @@ class Muon(torch.optim.Optimizer):
                 if weight not in self.state:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
             # M <- mu M + (1 - mu) G;    W <- W - lr 0.2 sqrt(max(n, k)) orthogonal(mu M + (1 - mu) G)
+            momenta = [self.state[weight]["momentum"] for weight in weights]
+            torch._foreach_lerp_(momenta, [weight.grad for weight in weights], 1 - MOMENTUM)
+            step = group.get("step", 0)             # older checkpoints have none
+            group["step"] = step + 1
+            due = [i for i in range(len(weights)) if (step + i) % self.every == 0]
+            if not due:
+                continue
+            weights, momenta = [weights[i] for i in due], [momenta[i] for i in due]
             gradients = [weight.grad for weight in weights]
-            states = [self.state[weight] for weight in weights]
-            momenta = [state["momentum"] for state in states]
-            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # in place: on a CPU new memory takes six times as long
             updates = [as_matrix(gradient) for gradient in gradients]
-            roots = self.kept_roots(group, states, updates) if self.root_every > 1 else None
-            lengths = [0.2 * max(x.shape) ** 0.5 for x in updates]
-            steps = orthogonalize(updates, self.dtype, roots, lengths, group["lr"])
-            for weight, step in zip(weights, steps, strict=True):
-                as_matrix(weight).sub_(step)
-
-    def kept_roots(self, group, states, updates):
-        """inverse_roots(updates) in every root_every-th step, else those of that step, for matrices of this length."""
-        step, norms = group.get("step", 0), torch._foreach_norm(updates)            # older checkpoints have no step
-        if step % self.root_every == 0 or any("root" not in state for state in states):
-            for state, root, norm in zip(states, inverse_roots(updates, self.dtype), norms, strict=True):
-                state["root"] = root * norm         # of the matrix of length 1
-        group["step"] = step + 1
-        return [state["root"] / (norm + 1e-14) for state, norm in zip(states, norms, strict=True)]
+            lengths = [self.every * 0.2 * max(x.shape) ** 0.5 for x in updates]
+            moves = orthogonalize(updates, self.dtype, lengths, group["lr"])
+            for weight, move in zip(weights, moves, strict=True):
+                as_matrix(weight).sub_(move)

@@ -18,7 +18,7 @@ from support.muon import Muon
 # Loss scaling for float16, whose smallest number is 6e-8: as torch.amp.GradScaler does it, except that a step is either
 # taken for all networks or for none.
 FIRST_SCALE, STEPS_TO_DOUBLE = 2.0**16, 2000
-ROOT_EVERY = 8                                      # steps for which Muon's inverse roots serve (docs/tuning.md)
+EVERY = 2                                           # steps in which Muon moves a weight once, on a CPU (docs/tuning.md)
 
 
 class Optimizer:
@@ -48,7 +48,7 @@ class Optimizer:
         self.optimizers = dict(adam=adam)
         if name == "muon":
             # Not on a GPU, where a recorded step must be the same each time.
-            self.optimizers["muon"] = Muon(groups(True), bf16, root_every=1 if self.recordable else ROOT_EVERY)
+            self.optimizers["muon"] = Muon(groups(True), bf16, every=1 if self.recordable else EVERY)
         self.scale, self.good_steps = FIRST_SCALE if fp16 else 1.0, 0
 
     def parameters(self):

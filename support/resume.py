@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from constants import IMAGE_SIZE
 from support import checkpoint, processes, validation
 from support.errors import UsageError
 
@@ -31,10 +32,13 @@ def absolute(name, value):
     return os.path.abspath(value) if name in PATH_FLAGS and value else value
 
 
-def choose_preset(args, figures):
-    """The name of the preset for the machine of --device, and for the figures of `shapes` or for photographs."""
+def choose_preset(args, figures, size):
+    """The name of the preset for the machine of --device, and for the figures of `shapes` or for photographs.
+
+    size: height and width of the images.
+    """
     if figures:
-        return "demo"
+        return "demo" if size <= IMAGE_SIZE else "demo64"
     gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     return "cifar10_gpu" if gpu else "cifar10"
 

@@ -18,9 +18,10 @@ def path(args, say=True):
 def choose_preset(args):
     """The student's preset for the teacher of --teacher and the machine; its image size; its least and most noise."""
     state = checkpoint.load(path(args, say=False), kind="teacher")
-    preset, config = resume.choose_preset(args, figures=state["classes"] == shapes.CLASSES), state["model_config"]
+    config = state["model_config"]
     with resume.restoring(args.teacher):
         size = networks.image_size(config)
+    preset = resume.choose_preset(args, state["classes"] == shapes.CLASSES, size)
     if preset == "cifar10_gpu" and config.get("network") == "EDMUNet":
         preset = "edm" if size == 32 else "edm_imagenet64" if config["label_dim"] else "edm_ffhq64"
     return preset, size, (state["sigma_min"], state["sigma_max"])

@@ -1,7 +1,5 @@
 """The optimizer against known answers: what Muon's step is, which weights it steps, and at which rate."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,59 +88,6 @@ def test_muon_steps_several_weights_each_by_its_own_gradient(device):
 
     for one, two in zip(steps(True), steps(False), strict=True):
         torch.testing.assert_close(one, two)
-
-
-@pytest.mark.parametrize("shape", [(16, 8, 3), (8, 64, 1)])         # wide and tall
-def test_muon_uses_an_inverse_root_for_several_steps(shape):
-    """Gradients along one direction have one root, whatever their length; for others the first step's root serves on"""
-    def steps(root_every, gradients):
-        torch.manual_seed(0)
-        weight = conv(*shape).weight
-        optimizer, moves = Muon([dict(params=[weight], lr=1e-2)], bf16=False, root_every=root_every), []
-        for gradient in gradients:
-            before = weight.detach().clone()
-            weight.grad = gradient.clone(memory_format=torch.preserve_format)
-            optimizer.step()
-            moves.append((weight.detach() - before).flatten())
-        return torch.stack(moves)
-
-    first, other = (torch.randn_like(conv(*shape).weight) for _ in range(2))
-    torch.testing.assert_close(*(steps(k, [first, 3 * first, 0.1 * first, first]) for k in (1, 4)), rtol=0, atol=2e-6)
-    fresh, kept = (steps(k, [first] + [other] * 20) for k in (1, 20))
-    torch.testing.assert_close(kept[:1], fresh[:1])
-    assert F.cosine_similarity(kept[19:20], fresh[19:20]) < 0.999   # of the root of the first gradient
-    torch.testing.assert_close(kept[20], fresh[20], rtol=0, atol=2e-6)              # its 21st step makes a new one
-
-
-def test_muon_resumes_between_two_roots_to_the_bit():
-    def trained(steps, weight, state=None):
-        optimizer = Muon([dict(params=[weight], lr=1e-2)], bf16=True, root_every=4)
-        if state:
-            optimizer.load_state_dict(state)
-        for step in steps:
-            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
-            optimizer.step()
-        return optimizer.state_dict()
-
-    torch.manual_seed(0)
-    whole = nn.Parameter(torch.randn(8, 16, 3, 3))
-    parts = nn.Parameter(whole.detach().clone())
-    trained(range(11), whole)
-    trained(range(6, 11), parts, copy.deepcopy(trained(range(6), parts)))
-    assert torch.equal(whole, parts)
-
-
-def test_muon_goes_on_from_a_state_without_roots():
-    """As checkpoints had them before."""
-    weight = nn.Parameter(torch.randn(8, 16, 3, 3))
-    momentum = torch.randn_like(weight)
-    state = dict(state={0: dict(momentum=momentum.clone())}, param_groups=[dict(lr=1e-2, params=[0])])
-    optimizer = Muon([dict(params=[weight], lr=1e-2)], bf16=False, root_every=4)
-    optimizer.load_state_dict(state)
-    before, weight.grad = weight.detach().clone(), momentum.clone()
-    optimizer.step()
-    u, _, v = torch.linalg.svd(momentum.flatten(1), full_matrices=False)
-    assert F.cosine_similarity((before - weight.detach()).flatten(), (u @ v).flatten(), dim=0) > 0.98
 
 
 def test_muon_takes_the_convolutions_inside_and_adam_the_rest():

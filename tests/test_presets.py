@@ -53,6 +53,7 @@ def test_the_defaults_are_the_seeds(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("flags", "gpu", "wanted"), [
     (["--dataset", "shapes"], True, "demo"), (["--dataset", "folder"], True, "cifar10_gpu"),
+    (["--dataset", "shapes", "--image_size", "64"], True, "demo64"),
     ([], False, "cifar10"), (["--device", "cpu"], True, "cifar10"), (["--preset", "none"], True, "none"),
 ])
 def test_a_new_run_takes_the_preset_of_its_images_and_machine(tmp_path, monkeypatch, capsys, flags, gpu, wanted):
@@ -157,11 +158,13 @@ def test_a_student_of_larger_images_has_more_noise(tmp_path, monkeypatch):
     assert args.cfg_interval == [0.3, 10.0]
     twice = sigmas[round(1000 * args.max_step_percent)] / sigmas[round(1000 * plain["max_step_percent"])]
     assert twice == pytest.approx(2, rel=0.01)
-    assert train.parse_args(given)[0].conditioning_sigma == 6.0                     # of preset demo, by the classes
+    assert train.parse_args(given)[0].conditioning_sigma == 6.0                     # of preset demo64, by the classes
 
 
 def test_at_its_own_size_a_preset_is_as_it_is_written():
-    sizes = dict(demo=32, cifar10=32, cifar10_gpu=32, edm=32, edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64)
+    sizes = dict(
+        demo=32, demo64=64, cifar10=32, cifar10_gpu=32, edm=32, edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64,
+    )
     assert sizes.keys() == presets.STUDENT.keys()
     for name, values in presets.STUDENT.items():
         assert presets.for_size(name, sizes[name]) == values
