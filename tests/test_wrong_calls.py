@@ -41,6 +41,8 @@ WRONG = [
     (train, ["--diffusion_gan_max_timestep", "1001"], "--diffusion_gan_max_timestep"),
     (train, ["--num_denoising_steps", "0"], "--num_denoising_steps"),
     (train, ["--num_denoising_steps", "2", "--conditioning_sigma", "0.001"], "--conditioning_sigma 0.001 is not"),
+    (train, ["--num_denoising_steps", "4", "--conditioning_sigma", "80", "--max_step_percent", "0.6"],
+     "--max_step_percent 0.6 is below it"),
     (train, ["--teacher", "{teacher}", "--cfg_scale", "2"], "--cfg_scale 2.0 needs"),
     (train, ["--teacher", "{teacher}", "--cfg_interval", "2", "2"], "--cfg_interval 2.0 2.0"),
     (train, ["--cfg_interval", "2"], "--cfg_interval"),
