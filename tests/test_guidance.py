@@ -420,7 +420,7 @@ def test_each_evaluation_trains_a_fake_unet_and_a_classifier_head_of_its_own(cls
 
 
 def test_evaluations_that_make_one_mode_each_are_moved_to_the_other_although_together_they_make_the_data():
-    class Gains(nn.Module):
+    class TwoPoints(nn.Module):
         """E[x_0 | x_t] of points at 1 and -1, of weights e^w to 1; w is learned, and says what a fake_unet has seen."""
 
         def __init__(self):
@@ -431,7 +431,7 @@ def test_evaluations_that_make_one_mode_each_are_moved_to_the_other_although_tog
             return torch.tanh(x / sigma**2 + self.w / 2)
 
     sigmas = [80.0, 1.0]
-    guidance = GuidanceModel(Gains(), 0.3, 0.5, denoising_sigmas=sigmas)
+    guidance = GuidanceModel(TwoPoints(), 0.3, 0.5, denoising_sigmas=sigmas)
     optimizer = torch.optim.Adam([p for p in guidance.parameters() if p.requires_grad], lr=0.1)
     x_gen = [torch.full((256, 1, 1, 1), value) for value in (1.0, -1.0)]            # of the two evaluations
     for step in range(200):
