@@ -113,21 +113,22 @@ class GAN(Phase):
         trains_generator = i >= self.discriminator_warmup_steps
         j = max(0, i - self.discriminator_warmup_steps)
         factor = lr_factor(j, self.steps - self.discriminator_warmup_steps, self.warmup_steps, self.lr_schedule)
-        num_steps = 1 + rngs[0].choice(self.num_denoising_steps)
-        return self.train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor)
+        return self.train_step(rngs, trains_generator, x_real, real_labels, factor)
 
-    def train_step(self, rngs, trains_generator, num_steps, x_real, real_labels, factor):
-        log, k, optimizers = {}, len(rngs), self.optimizers
+    def train_step(self, rngs, trains_generator, x_real, real_labels, factor):
+        log, parts, optimizers = {}, self.parts(rngs), self.optimizers
+        k = len(parts)                              # microbatches
         optimizers["generator"].zero_grad()
         optimizers["discriminator"].zero_grad()
-        for rng, x_real_k, real_labels_k in zip(rngs, x_real.chunk(k), real_labels.chunk(k), strict=True):
-            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, H, W], [B]
+        real_parts = self.real_parts(rngs, x_real, real_labels)
+        for (rng, level), (x_real_k, real_labels_k) in zip(parts, real_parts, strict=True):
+            z, labels = self.model.random_inputs(self.part_size, self.num_classes, rng)     # [B, 3, H, W], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
-                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, H, W]
+                x_gen = self.model.generate(z, labels, rng, num_steps=level + 1)    # [B, 3, H, W]
             real = data.random_flip(x_real_k, rng) if self.flip else x_real_k, real_labels_k
             with self.autocast():
                 losses, logits = compute_gan_losses(
-                    self.guidance, self.discriminator, x_gen, labels, *real, rng, level=num_steps - 1)
+                    self.guidance, self.discriminator, x_gen, labels, *real, rng, level)
             if trains_generator:
                 optimizers["generator"].backward(losses["loss_gan"] / k)
             optimizers["discriminator"].backward(losses["loss_discriminator"] / k)

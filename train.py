@@ -50,7 +50,7 @@ class DMD2(Phase):
     """The two turns of DMD2, alternating (section 4.2): fake_unet trains in every step, the generator in every
     dfake_gen_update_ratio-th. Optimizers: "generator"; "guidance", which updates fake_unet and its classifier head.
 
-    Of a generator of several evaluations a step trains one, drawn by chance, in both turns.
+    Of a generator of several evaluations each trains on an equal part of the batch.
     """
 
     dfake_gen_update_ratio: int = 10                # guidance turns per generator turn
@@ -63,23 +63,24 @@ class DMD2(Phase):
 
     def step(self, i, rngs, x_real=None, real_labels=None):
         trains_generator = (self.start + i) % self.dfake_gen_update_ratio == 0
-        num_steps = 1 + rngs[0].choice(self.num_denoising_steps)                    # of the generator
         factor = lr_factor(i, self.steps, self.warmup_steps, self.lr_schedule)
-        return self.train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor)
+        return self.train_step(rngs, trains_generator, x_real, real_labels, factor)
 
-    def train_step(self, rngs, trains_generator, num_steps, x_real, real_labels, factor):
-        log, generated, k, optimizers = {}, [], len(rngs), self.optimizers          # k microbatches
+    def train_step(self, rngs, trains_generator, x_real, real_labels, factor):
+        log, generated, optimizers = {}, [], self.optimizers
+        parts = self.parts(rngs)
+        k = len(parts)                              # microbatches
 
         # --- generator turn ------------------------------------------------------------------------------------------
         optimizers["generator"].zero_grad()
-        for rng in rngs:
-            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, H, W], [B]
+        for rng, level in parts:
+            z, labels = self.model.random_inputs(self.part_size, self.num_classes, rng)     # [B, 3, H, W], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
-                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, H, W]
+                x_gen = self.model.generate(z, labels, rng, num_steps=level + 1)    # [B, 3, H, W]
             generated.append((x_gen.detach(), labels))
             if trains_generator:
                 with self.autocast():
-                    losses, _ = self.model.generator_turn(x_gen, labels, rng, num_steps - 1)
+                    losses, _ = self.model.generator_turn(x_gen, labels, rng, level)
                 loss = losses["loss_dm"] + self.gen_cls_loss_weight * losses.get("gen_cls_loss", 0)
                 optimizers["generator"].backward(loss / k)
                 add_microbatch(log, k, **losses)
@@ -90,12 +91,12 @@ class DMD2(Phase):
 
         # --- guidance turn, on the same images -----------------------------------------------------------------------
         optimizers["guidance"].zero_grad()
-        real = zip(x_real.chunk(k), real_labels.chunk(k), strict=True) if self.needs_images else [()] * k
-        for rng, (x_gen, labels), real_k in zip(rngs, generated, real, strict=True):
+        real = self.real_parts(rngs, x_real, real_labels) if self.needs_images else [()] * k
+        for (rng, level), (x_gen, labels), real_k in zip(parts, generated, real, strict=True):
             if real_k and self.flip:
                 real_k = data.random_flip(real_k[0], rng), real_k[1]                # [B, 3, H, W], [B]
             with self.autocast():
-                losses, logits = self.model.guidance_turn(x_gen, labels, rng, *real_k, level=num_steps - 1)
+                losses, logits = self.model.guidance_turn(x_gen, labels, rng, *real_k, level=level)
             loss = losses["loss_fake"] + self.cls_loss_weight * losses.get("cls_loss", 0)
             optimizers["guidance"].backward(loss / k)
             add_microbatch(log, k, **losses, **logits)
