@@ -40,6 +40,8 @@ WRONG = [
     (train, ["--conditioning_sigma", "1e5"], "--conditioning_sigma: 1e5 is not at least 0.0001 and at most 10000"),
     (train, ["--diffusion_gan_max_timestep", "1001"], "--diffusion_gan_max_timestep"),
     (train, ["--num_denoising_steps", "0"], "--num_denoising_steps"),
+    (train, ["--num_denoising_steps", "3", "--batch_size", "64"],
+     "--batch_size 64 cannot be divided among 1 processes of --num_denoising_steps 3"),
     (train, ["--num_denoising_steps", "2", "--conditioning_sigma", "0.001"], "--conditioning_sigma 0.001 is not"),
     (train, ["--num_denoising_steps", "4", "--conditioning_sigma", "80", "--max_step_percent", "0.6"],
      "--max_step_percent 0.6 is below it"),
