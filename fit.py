@@ -6,7 +6,8 @@
 
 At noise of 80 a copy of the teacher makes one blurred image per class; after the fit the generator makes a different
 image of each noise, which the DM loss then improves. DMD (arXiv 2311.18828, section 3.3) keeps such a regression loss
-throughout, with a perceptual distance; DMD2's one-step SDXL begins with it, as here.
+throughout, with a perceptual distance; DMD2's one-step SDXL begins with it, as here. A generator of several evaluations
+learns them in turn, by chance: the later ones restore the same image, noised to their level.
 """
 
 from dataclasses import dataclass
@@ -28,15 +29,20 @@ class Fit(Phase):
 
     def step(self, i, rngs):
         factor = lr_factor(i, self.steps, self.warmup_steps, self.lr_schedule)
-        return self.train_step(rngs, *self.pairs(i, *processes.SHARE), factor)
+        level = rngs[0].choice(self.num_denoising_steps)        # of the generator's evaluations
+        return self.train_step(rngs, level, *self.pairs(i, *processes.SHARE), factor)
 
-    def train_step(self, rngs, z, labels, x_ode, factor):
+    def train_step(self, rngs, level, z, labels, x_ode, factor):
         log, k, optimizer = {}, len(rngs), self.optimizers["generator"]
         optimizer.zero_grad()
         for rng, z_k, labels_k, x_ode_k in zip(rngs, z.chunk(k), labels.chunk(k), x_ode.chunk(k), strict=True):
             with self.autocast():
-                x_gen = self.model.generate(z_k, labels_k, rng, num_steps=1)        # [B, 3, H, W]
+                if level == 0:
+                    x_gen = self.model.generate(z_k, labels_k, rng, num_steps=1)    # [B, 3, H, W]
+                else:
+                    x_gen = self.model.denoise_again(x_ode_k, labels_k, level, rng)
             # L_fit = mean((G(z sigma_cond, sigma_cond, y) - x_ode)^2)
+            # later: mean((G(x_ode + sigma_i eps, sigma_i, y) - x_ode)^2)
             loss = F.mse_loss(x_gen, x_ode_k)
             optimizer.backward(loss / k)
             add_microbatch(log, k, loss_fit=loss)

@@ -5,9 +5,10 @@
               optimizers=dict(generator=Optimizer(...), discriminator=Optimizer(...)))
     log = gan.step(i, rngs, x_real, real_labels)    # i = 0 .. 1499
 
-The discriminator reads the frozen teacher's features of a noised image at every level, as in LADD (latent adversarial
-diffusion distillation, Sauer et al. 2024, arXiv 2403.12015, section 3). It is not the classifier head of guidance.py:
-that one reads fake_unet, which changes with the generator, and trains beside the DM loss.
+The discriminator reads the frozen teacher's features of a noised image at every resolution, as in LADD (latent
+adversarial diffusion distillation, Sauer et al. 2024, arXiv 2403.12015, section 3). It is not the classifier head of
+guidance.py: that one reads fake_unet, which changes with the generator, and trains beside the DM loss. A generator of
+several evaluations has a discriminator for each, for the reason that guidance.py gives.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from support.optimizers import lr_factor
 
 
 class FeatureHead(nn.Module):
-    """Features [B, C, H, W] of one level and classes [B] to a logit [B]."""
+    """Features [B, C, H, W] of one resolution and classes [B] to a logit [B]."""
 
     def __init__(self, channels, classes, width=128):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.GroupNorm(1, channels, affine=False),            # the scale differs between levels and between sigmas
+            nn.GroupNorm(1, channels, affine=False),            # the scale differs with resolution and sigma
             nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(width, width, 3, padding=1), group_norm(width), nn.LeakyReLU(0.2),
         )
@@ -45,17 +46,25 @@ class FeatureHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The teacher's features of L levels and classes [B] to logits [B, L], one head a level; high for real images."""
+    """The teacher's features of L resolutions and classes [B] to logits [B, L], one head each; high for real images.
 
-    def __init__(self, feature_channels, classes):
+    Args:
+        feature_channels: of the teacher.
+        classes: their number.
+        evaluations: of the generator; each has its own heads, those of its `level`.
+    """
+
+    def __init__(self, feature_channels, classes, evaluations=1):
         super().__init__()
         self.heads = nn.ModuleList(FeatureHead(channels, classes) for channels in feature_channels)
+        self.later = nn.ModuleList(Discriminator(feature_channels, classes) for _ in range(evaluations - 1))
 
-    def forward(self, features, labels):
-        return torch.stack([head(level, labels) for head, level in zip(self.heads, features, strict=True)], 1)
+    def forward(self, features, labels, level=0):
+        heads = self.later[level - 1].heads if level else self.heads
+        return torch.stack([head(h, labels) for head, h in zip(heads, features, strict=True)], 1)
 
 
-def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labels, rng=None):
+def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labels, rng=None, level=0):
     """The losses of generator and discriminator on the same images (hinge loss, arXiv 1705.02894, section 3).
 
     Args:
@@ -65,6 +74,7 @@ def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labe
         labels: the classes they were generated for, [B].
         x_real, real_labels: images of the dataset, float [B, 3, H, W] in [-1, 1], and their own classes, [B].
         rng: StepRandom; None: one seeded by torch's global generator.
+        level: which of the generator's evaluations made x_gen, 0 is the first.
 
     Returns:
         a dict of two scalars: loss_gan, which gives gradients to the generator alone, and loss_discriminator, which
@@ -76,9 +86,9 @@ def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labe
         real = guidance.real_unet(*guidance.diffusion_gan_noise(x_real, rng), real_labels, return_features=True)
     with frozen(discriminator):
         # L_gan = -mean(D(x_gen + sigma_t eps))
-        loss_gan = -discriminator(fake, labels).mean()
-    fake = discriminator([level.detach() for level in fake], labels)                # [B, L]
-    real = discriminator(real, real_labels)                                         # [B, L]
+        loss_gan = -discriminator(fake, labels, level).mean()
+    fake = discriminator([h.detach() for h in fake], labels, level)                 # [B, L]
+    real = discriminator(real, real_labels, level)                                  # [B, L]
     # L_discriminator = mean(max(0, 1 + D(x_gen + sigma_t eps))) + mean(max(0, 1 - D(x_real + sigma_t eps)))
     # Hinge each head by itself: a hinge on the mean of the heads saturates once one head is confident.
     loss_discriminator = F.relu(1 + fake).mean() + F.relu(1 - real).mean()
@@ -103,20 +113,22 @@ class GAN(Phase):
         trains_generator = i >= self.discriminator_warmup_steps
         j = max(0, i - self.discriminator_warmup_steps)
         factor = lr_factor(j, self.steps - self.discriminator_warmup_steps, self.warmup_steps, self.lr_schedule)
-        num_steps = 1 + rngs[0].choice(self.num_denoising_steps)
-        return self.train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor)
+        return self.train_step(rngs, trains_generator, x_real, real_labels, factor)
 
-    def train_step(self, rngs, trains_generator, num_steps, x_real, real_labels, factor):
-        log, k, optimizers = {}, len(rngs), self.optimizers
+    def train_step(self, rngs, trains_generator, x_real, real_labels, factor):
+        log, parts, optimizers = {}, self.parts(rngs), self.optimizers
+        k = len(parts)                              # microbatches
         optimizers["generator"].zero_grad()
         optimizers["discriminator"].zero_grad()
-        for rng, x_real_k, real_labels_k in zip(rngs, x_real.chunk(k), real_labels.chunk(k), strict=True):
-            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, H, W], [B]
+        real_parts = self.real_parts(rngs, x_real, real_labels)
+        for (rng, level), (x_real_k, real_labels_k) in zip(parts, real_parts, strict=True):
+            z, labels = self.model.random_inputs(self.part_size, self.num_classes, rng)     # [B, 3, H, W], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
-                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, H, W]
+                x_gen = self.model.generate(z, labels, rng, num_steps=level + 1)    # [B, 3, H, W]
             real = data.random_flip(x_real_k, rng) if self.flip else x_real_k, real_labels_k
             with self.autocast():
-                losses, logits = compute_gan_losses(self.guidance, self.discriminator, x_gen, labels, *real, rng)
+                losses, logits = compute_gan_losses(
+                    self.guidance, self.discriminator, x_gen, labels, *real, rng, level)
             if trains_generator:
                 optimizers["generator"].backward(losses["loss_gan"] / k)
             optimizers["discriminator"].backward(losses["loss_discriminator"] / k)

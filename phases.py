@@ -27,7 +27,7 @@ class Phase:
     ema: EMA                                        # of the generator
     start: int                                      # first step of the phase, in the run
     steps: int                                      # how many it has
-    batch_size: int                                 # generated images of one microbatch in this process
+    batch_size: int                                 # images for one rng of step()
     num_classes: int = 10
     num_denoising_steps: int = 1                    # evaluations per image of the generator
     warmup_steps: int = 0                           # linear learning-rate warm-up
@@ -42,6 +42,24 @@ class Phase:
     def __post_init__(self):
         self.generator, self.guidance = self.model.feedforward_model, self.model.guidance_model
         self.train_step = self.record(self.train_step)
+
+    @property
+    def part_size(self):
+        """Images of a microbatch."""
+        return self.batch_size // self.num_denoising_steps
+
+    def parts(self, rngs):
+        """The microbatches of a step, (rng, level): for each rng one for each evaluation of the generator.
+
+        So each evaluation and its fake_unet learn in each step, as fast as the only one of a one-step generator does.
+        """
+        return [(rng, level) for rng in rngs for level in range(self.num_denoising_steps)]
+
+    def real_parts(self, rngs, x_real, real_labels):
+        """The real images of each, (x_real, real_labels)."""
+        n, chunks = self.num_denoising_steps, zip(x_real.chunk(len(rngs)), real_labels.chunk(len(rngs)), strict=True)
+        # Strided, so that several processes divide the images among the evaluations as one does.
+        return [(x[level::n], labels[level::n]) for x, labels in chunks for level in range(n)]
 
     def state_dict(self):
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}

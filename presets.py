@@ -83,7 +83,8 @@ STUDENT["edm_ffhq64"] = dict(
 STUDENT["edm_afhqv2_64"] = dict(
     STUDENT["edm_ffhq64"], steps=726_000, generator_lr=5e-6, guidance_lr=5e-6,
 )
-MADE_FOR = dict(demo64=64, edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64)      # the size of their images; all others: 32
+# The size of their images; all others: 32.
+MADE_FOR = dict(demo64=64, edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64)
 
 
 def for_size(name, size, schedule=(SIGMA_MIN, SIGMA_MAX)):

@@ -162,6 +162,9 @@ def check_student(args, state, refuse):
     if 0 < args.gan_steps <= args.discriminator_warmup_steps:
         warmup = f"--discriminator_warmup_steps {args.discriminator_warmup_steps}"
         refuse(f"--gan_steps {args.gan_steps} must exceed {warmup}: the generator would not train")
+    if state and args.num_denoising_steps > 1 and not any("later_fakes" in name for name in state["model"]):
+        refuse("the evaluations of this run shared one fake_unet, and now each has its own: start a new run from this "
+               "student instead, with --init")
     before = state["settings"] if state else vars(args)
     if (args.gen_cls_loss_weight > 0) != (before["gen_cls_loss_weight"] > 0):
         refuse("--gen_cls_loss_weight cannot add or remove the classifier head in a resumed run")

@@ -49,6 +49,8 @@ from unified_model import UnifiedModel
 class DMD2(Phase):
     """The two turns of DMD2, alternating (section 4.2): fake_unet trains in every step, the generator in every
     dfake_gen_update_ratio-th. Optimizers: "generator"; "guidance", which updates fake_unet and its classifier head.
+
+    Of a generator of several evaluations each trains on an equal part of the batch.
     """
 
     dfake_gen_update_ratio: int = 10                # guidance turns per generator turn
@@ -61,23 +63,24 @@ class DMD2(Phase):
 
     def step(self, i, rngs, x_real=None, real_labels=None):
         trains_generator = (self.start + i) % self.dfake_gen_update_ratio == 0
-        num_steps = 1 + rngs[0].choice(self.num_denoising_steps)                    # of the generator
         factor = lr_factor(i, self.steps, self.warmup_steps, self.lr_schedule)
-        return self.train_step(rngs, trains_generator, num_steps, x_real, real_labels, factor)
+        return self.train_step(rngs, trains_generator, x_real, real_labels, factor)
 
-    def train_step(self, rngs, trains_generator, num_steps, x_real, real_labels, factor):
-        log, generated, k, optimizers = {}, [], len(rngs), self.optimizers          # k microbatches
+    def train_step(self, rngs, trains_generator, x_real, real_labels, factor):
+        log, generated, optimizers = {}, [], self.optimizers
+        parts = self.parts(rngs)
+        k = len(parts)                              # microbatches
 
         # --- generator turn ------------------------------------------------------------------------------------------
         optimizers["generator"].zero_grad()
-        for rng in rngs:
-            z, labels = self.model.random_inputs(self.batch_size, self.num_classes, rng)    # [B, 3, H, W], [B]
+        for rng, level in parts:
+            z, labels = self.model.random_inputs(self.part_size, self.num_classes, rng)     # [B, 3, H, W], [B]
             with torch.set_grad_enabled(trains_generator), self.autocast():
-                x_gen = self.model.generate(z, labels, rng, num_steps)              # [B, 3, H, W]
+                x_gen = self.model.generate(z, labels, rng, num_steps=level + 1)    # [B, 3, H, W]
             generated.append((x_gen.detach(), labels))
             if trains_generator:
                 with self.autocast():
-                    losses, _ = self.model.generator_turn(x_gen, labels, rng)
+                    losses, _ = self.model.generator_turn(x_gen, labels, rng, level)
                 loss = losses["loss_dm"] + self.gen_cls_loss_weight * losses.get("gen_cls_loss", 0)
                 optimizers["generator"].backward(loss / k)
                 add_microbatch(log, k, **losses)
@@ -88,12 +91,12 @@ class DMD2(Phase):
 
         # --- guidance turn, on the same images -----------------------------------------------------------------------
         optimizers["guidance"].zero_grad()
-        real = zip(x_real.chunk(k), real_labels.chunk(k), strict=True) if self.needs_images else [()] * k
-        for rng, (x_gen, labels), real_k in zip(rngs, generated, real, strict=True):
+        real = self.real_parts(rngs, x_real, real_labels) if self.needs_images else [()] * k
+        for (rng, level), (x_gen, labels), real_k in zip(parts, generated, real, strict=True):
             if real_k and self.flip:
                 real_k = data.random_flip(real_k[0], rng), real_k[1]                # [B, 3, H, W], [B]
             with self.autocast():
-                losses, logits = self.model.guidance_turn(x_gen, labels, rng, *real_k)
+                losses, logits = self.model.guidance_turn(x_gen, labels, rng, *real_k, level=level)
             loss = losses["loss_fake"] + self.cls_loss_weight * losses.get("cls_loss", 0)
             optimizers["guidance"].backward(loss / k)
             add_microbatch(log, k, **losses, **logits)
@@ -107,9 +110,8 @@ def make_phases(args, model, discriminator, ema, pairs, num_classes, device):
     generator, guidance = model.feedforward_model, model.guidance_model
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
     generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16, fp16)
-    guidance_lrs = {guidance.fake_unet: args.guidance_lr}
-    if guidance.cls_head is not None:
-        guidance_lrs[guidance.cls_head] = args.cls_head_lr or args.guidance_lr
+    guidance_lrs = dict.fromkeys(guidance.fakes, args.guidance_lr)
+    guidance_lrs |= dict.fromkeys(guidance.heads, args.cls_head_lr or args.guidance_lr)
     share = args.batch_size // processes.WORLD      # of this process
     shared = dict(
         model=model, ema=ema, batch_size=share // args.accumulate, num_classes=num_classes,
@@ -165,7 +167,7 @@ def grids(args, run, model, sample, num_classes, device):
         # Not compiled: the grid's batch size occurs nowhere else.
         eager = torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
         with eager, hardware.autocast(device, args.precision):
-            _, log = guidance.compute_distribution_matching_loss(images, labels, rng)
+            _, log = guidance.compute_distribution_matching_loss(images, labels, rng, level=-1)
             run.grid("teacher_student", rows, teacher_images(), images)
         scale = 4 * log["grad"].std().clamp(min=1e-30)          # of an unguided teacher it is zero at step 0
         run.grid("dm_gradient", rows, log["grad"] / scale)
@@ -197,7 +199,7 @@ def main(argv=None):
     generator, guidance = model.feedforward_model, model.guidance_model
     discriminator = None
     if args.gan_steps:
-        discriminator = Discriminator(teacher.feature_channels, num_classes)
+        discriminator = Discriminator(teacher.feature_channels, num_classes, args.num_denoising_steps)
         discriminator = discriminator.to(device, memory_format=torch.channels_last)
     if args.init and not state:
         teachers.begin_with_student(args.init, generator, source["classes"], model.denoising_sigmas)
@@ -232,8 +234,9 @@ def main(argv=None):
     del source, state                               # several times the size of the network
     draw_grids = grids(args, run, model, sample, num_classes, device)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 32   # the networks share one forward, each with and without gradient
-        for network in filter(None, (generator, guidance.fake_unet, guidance.real_unet, guidance.guide)):
+        # The networks share one forward, each with and without gradient.
+        torch._dynamo.config.recompile_limit = 32 * args.num_denoising_steps
+        for network in filter(None, (generator, *guidance.fakes, guidance.real_unet, guidance.guide)):
             network.compile(dynamic=False)          # else the classifier head's double batch would make batches dynamic
 
     # --- the loop ----------------------------------------------------------------------------------------------------

@@ -105,6 +105,11 @@ def grid():
     return Mixture(means, stds, weights, classes=[row for row, _ in cells])
 
 
+def many():
+    """25 Gaussians in five rows, of one class."""
+    return Mixture([[0.4 * (column - 2), 0.4 * (row - 2)] for row in range(5) for column in range(5)], [0.05] * 25)
+
+
 def moons():
     """Two half moons, the classes, each of four modes."""
     t = [math.pi * (i + 0.5) / 32 for i in range(32)]
@@ -121,7 +126,7 @@ def spiral():
     return Mixture(means, [0.03] * 96, weights=[0.1 + s for s in t], modes=[i // 12 for i in range(96)])
 
 
-MIXTURES = dict(circle=circle, grid=grid, moons=moons, spiral=spiral)
+MIXTURES = dict(circle=circle, grid=grid, many=many, moons=moons, spiral=spiral)
 
 
 def sliced_distance(x, y, directions=64):

@@ -110,8 +110,10 @@ def check_folder(args, found, go_on):
 
 def check(args, state, fixed):
     """Raise UsageError if flags exclude one another, or if a fixed one (name -> default) differs on a resume."""
-    if args.batch_size % (processes.WORLD * args.accumulate):
+    evaluations = getattr(args, "num_denoising_steps", 1)           # of a student
+    if args.batch_size % (processes.WORLD * args.accumulate * evaluations):
         shares = f"{processes.WORLD} processes" + (f" of --accumulate {args.accumulate}" if args.accumulate > 1 else "")
+        shares += f" of --num_denoising_steps {evaluations}" if evaluations > 1 else ""
         raise UsageError(f"--batch_size {args.batch_size} cannot be divided among {shares}")
     if state and args.batch_size != state["settings"]["batch_size"] and processes.MAIN:
         print(f"note: --batch_size was {state['settings']['batch_size']} before", file=sys.stderr)

@@ -67,7 +67,7 @@ def begin_from(path, net, classes):
 
 
 def begin_with_student(path, generator, classes, sigmas):
-    """Give a fresh generator the EMA weights of a student with the same noise levels.
+    """Give a fresh generator the EMA weights of a student with the same noise levels, or with the first of them.
 
     Raises:
         CheckpointError: there is no such student, or its network is another.
@@ -76,7 +76,7 @@ def begin_with_student(path, generator, classes, sigmas):
     source = checkpoint.load(path, kind="student")
     if source["classes"] != classes:
         raise UsageError(f"the classes of --init {path} are not those of the teacher")
-    if source["denoising_sigmas"] != sigmas:
+    if source["denoising_sigmas"] != sigmas[: len(source["denoising_sigmas"])]:
         raise UsageError(f"the student of --init starts at the noise levels {source['denoising_sigmas']}, not {sigmas}")
     with resume.restoring(path):
         theirs, ours = networks.described(networks.rebuild(source["model_config"])), networks.described(generator)

@@ -73,6 +73,20 @@ def test_each_loss_trains_its_own_side():
             assert all(p.grad is None for p in network.parameters())
 
 
+def test_each_evaluation_of_the_generator_has_a_discriminator_of_its_own():
+    net = trained_net(channels=8)
+    guidance, discriminator = GuidanceModel(net), Discriminator(net.feature_channels, 10, evaluations=3)
+    assert Discriminator(net.feature_channels, 10).state_dict().keys() < discriminator.state_dict().keys()
+    parts, images = [discriminator.heads, *(later.heads for later in discriminator.later)], torch.randn(2, 4, 3, 32, 32)
+    for level in range(3):
+        discriminator.zero_grad()
+        losses, _ = compute_gan_losses(
+            guidance, discriminator, images[0], LABELS, images[1], REAL_LABELS, StepRandom(0, 0), level)
+        losses["loss_discriminator"].backward()
+        for i, heads in enumerate(parts):
+            assert all((p.grad is not None) == (i == level) for p in heads.parameters()), (level, i)
+
+
 @pytest.mark.formula
 def test_the_last_steps_train_with_the_gan_loss_only(tmp_path, tree, trained_teacher):
     flags = ["--preset", "none", "--teacher", trained_teacher, "--batch_size", "4", "--device", "cpu"]

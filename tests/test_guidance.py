@@ -6,6 +6,7 @@ from torch import nn
 from diffusion import karras_sigmas, karras_weight
 from guidance import GuidanceModel
 from model import SimpleUNet
+from support.errors import UsageError
 from support.randomness import StepRandom
 from unified_model import UnifiedModel
 
@@ -363,6 +364,83 @@ def test_several_steps_train_on_the_generators_own_images_of_every_step():
         assert [grad for _, grad in seen] == [False] * (len(seen) - 1) + [True]
         lengths.add(len(seen))
     assert lengths == {1, 2, 3, 4}
+
+
+# --- a generator of several evaluations -------------------------------------------------------------------------------
+
+
+def test_an_evaluation_before_the_last_has_the_dm_loss_only_at_the_noise_that_the_next_begins_with():
+    seen = []
+
+    class Spy(GaussianDenoiser):
+        def forward(self, x, sigma, labels):
+            seen.append(sigma.flatten())
+            return super().forward(x, sigma, labels)
+
+    x, labels, sigmas = torch.zeros(4096, 3, 2, 2), torch.zeros(4096, dtype=torch.long), karras_sigmas().float()
+    for fake_noise in ("all", "dm"):
+        teacher, levels = Spy(0.0, 1.0), [80, 2, 1]
+        guidance = GuidanceModel(teacher, max_step_percent=0.7, fake_noise=fake_noise, denoising_sigmas=levels)
+        for level, lowest in enumerate([sigmas[sigmas >= 2].min(), sigmas[sigmas >= 1].min(), sigmas[20]]):
+            seen.clear()
+            guidance.compute_distribution_matching_loss(x, labels, level=level)
+            assert [(sigma.min(), sigma.max()) for sigma in seen] == [(lowest, sigmas[700])] * 2, level
+            seen.clear()
+            guidance.compute_loss_fake(x, labels, level=level)
+            assert (seen[0].min(), seen[0].max()) == ((lowest, sigmas[700]) if fake_noise == "dm" else (sigmas[0], 80))
+    one = GuidanceModel(GaussianDenoiser(0, 1), denoising_sigmas=[80.0])
+    assert one.dm_steps == [(20, 980)] == GuidanceModel(GaussianDenoiser(0, 1)).dm_steps and len(one.fakes) == 1
+
+
+def test_a_noise_range_that_leaves_an_evaluation_without_dm_loss_is_refused():
+    with pytest.raises(UsageError, match=r"first of 2 evaluations needs noise above 20.* --max_step_percent 0.6"):
+        GuidanceModel(GaussianDenoiser(0, 1), max_step_percent=0.6, denoising_sigmas=[80, 20])
+    GuidanceModel(GaussianDenoiser(0, 1), max_step_percent=0.8, denoising_sigmas=[80, 20])
+
+
+@pytest.mark.parametrize("cls_head", [False, True])
+def test_each_evaluation_trains_a_fake_unet_and_a_classifier_head_of_its_own(cls_head):
+    model = UnifiedModel(small_net(), num_denoising_steps=3, cls_head=cls_head)
+    guidance, rng = model.guidance_model, StepRandom(0, 0)
+    assert len(guidance.fakes) == 3 and len(guidance.heads) == (3 if cls_head else 0)
+    assert len({id(p) for network in guidance.fakes for p in network.parameters()}) == 3 * len(
+        list(guidance.fake_unet.parameters()))
+    for level in range(3):
+        model.zero_grad()
+        x_gen, real = model.generate(rng.normal(4, 3, 32, 32), LABELS, rng, level + 1), (images(), LABELS)
+        losses, _ = model.guidance_turn(x_gen, LABELS, rng, *real, level=level)
+        sum(losses.values()).backward()
+        for networks in (guidance.fakes, guidance.heads):
+            for i, network in enumerate(networks):
+                assert all((p.grad is not None) == (i == level) for p in network.parameters()), (level, i)
+        model.zero_grad()
+        sum(model.generator_turn(x_gen, LABELS, rng, level)[0].values()).backward()
+        assert all(p.grad is None for p in guidance.parameters())
+        assert all(p.requires_grad for network in guidance.fakes for p in network.parameters())
+
+
+def test_evaluations_that_make_one_mode_each_are_moved_to_the_other_although_together_they_make_the_data():
+    class TwoPoints(nn.Module):
+        """E[x_0 | x_t] of points at 1 and -1, of weights e^w to 1; w is learned, and says what a fake_unet has seen."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, sigma, labels):
+            return torch.tanh(x / sigma**2 + self.w / 2)
+
+    sigmas = [80.0, 1.0]
+    guidance = GuidanceModel(TwoPoints(), 0.3, 0.5, denoising_sigmas=sigmas)
+    optimizer = torch.optim.Adam([p for p in guidance.parameters() if p.requires_grad], lr=0.1)
+    x_gen = [torch.full((256, 1, 1, 1), value) for value in (1.0, -1.0)]            # of the two evaluations
+    for step in range(200):
+        optimizer.zero_grad()
+        guidance.compute_loss_fake(x_gen[step % 2], None, StepRandom(0, step), level=step % 2)[0].backward()
+        optimizer.step()
+    grads = [guidance.compute_distribution_matching_loss(x, None, StepRandom(1, 0), level)[1]["grad"].mean()
+             for level, x in enumerate(x_gen)]
+    assert grads[0] > 0.3 and grads[1] < -0.3, grads                # descent goes to the other mode; shared: about 0
 
 
 # --- the whole algorithm on eight modes of known density --------------------------------------------------------------

@@ -76,6 +76,36 @@ def test_the_fit_is_the_squared_error_of_the_generators_first_step():
     assert fit.ema.module.gain.item() == gain.item() and asked == [(2, 0, 1)]
 
 
+@pytest.mark.formula
+def test_the_fit_teaches_every_evaluation_the_images_that_it_will_get():
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x_t, sigma, labels):
+            seen.append((sigma.item(), x_t))
+            return self.gain * x_t
+
+    model = UnifiedModel(Spy(), 80.0, num_denoising_steps=2, shape=(3, 32, 32))
+    (z, x_ode), labels = torch.randn(2, 4, 3, 32, 32), torch.zeros(4).long()
+    optimizers = dict(generator=Optimizer("adam", {model.feedforward_model: 0.0}))
+    fit = Fit(model, EMA(model.feedforward_model, 0), start=0, steps=40, batch_size=2, num_denoising_steps=2,
+              pairs=lambda *step: (z, labels, x_ode), optimizers=optimizers)
+    levels = []
+    for step in range(40):
+        seen.clear()
+        log = fit.step(step, [StepRandom(0, step, rank=i, world=2) for i in range(2)])          # two microbatches
+        sigma, rng = seen[0][0], StepRandom(0, step)
+        levels.append(model.denoising_sigmas.index(pytest.approx(sigma)))
+        x_t = x_ode + sigma * rng.normal(4, 3, 32, 32) if levels[-1] else sigma * z
+        torch.testing.assert_close(torch.cat([x for _, x in seen]), x_t)
+        torch.testing.assert_close(log["loss_fit"], (0.5 * x_t - x_ode).square().mean())
+    assert 10 < sum(levels) < 30
+
+
 def test_the_first_steps_fit_the_generator_to_the_guided_teachers_images(tmp_path, trained_teacher):
     flags = ["--preset", "none", "--teacher", trained_teacher, "--batch_size", "4", "--device", "cpu"]
     flags += ["--precision", "fp32", "--steps", "6", "--fit_steps", "4", "--ode_pairs", "8", "--generator_lr", "1e-2"]

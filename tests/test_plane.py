@@ -59,7 +59,7 @@ def test_the_exact_denoiser_takes_noise_to_the_data():
     assert data.width_ratio(x) == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["circle", "grid", "moons", "spiral", "pair"])
+@pytest.mark.parametrize("name", ["circle", "grid", "many", "moons", "spiral", "pair"])
 def test_samples_have_the_shares_and_the_widths_of_the_data(name):
     data = points.MIXTURES[name]()
     x, labels = data.sample(20_000, StepRandom(1, 0))

@@ -9,6 +9,7 @@ import torch
 from conftest import TINY, call, image_tree, make_teacher, read_bytes, teacher_flags
 
 import evaluate
+import sample
 import settings
 import train
 import train0
@@ -101,14 +102,40 @@ def test_a_student_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
     assert call(train, "--run_dir", second, "--resume", "--device", "cpu", "--steps", "2") == 0
     assert "begins with" not in capsys.readouterr().out
 
+    more = str(tmp_path / "more")                   # its noise levels begin with those of the first
+    few = [*flags, "--num_denoising_steps", "2", "--generator_lr", "1e-12"]
+    assert call(train, *few, "--init", first, "--run_dir", more) == 0
+    state = checkpoint.load(more)
+    assert state["denoising_sigmas"][0] == 3 and len(state["denoising_sigmas"]) == 2
+    for name, value in theirs["model_ema"].items():
+        torch.testing.assert_close(state["model_ema"][name], value)
+
     other = make_teacher(tmp_path / "other", tree, "--channels", "16", "--steps", "1")
     for flag, said in (
         (["--conditioning_sigma", "80"], "the student of --init starts at the noise levels [3.0], not [80.0]"),
+        (["--init", more], "the student of --init starts at the noise levels [3.0, "),
+        (["--init", more, "--num_denoising_steps", "3"], "the student of --init starts at the noise levels [3.0, "),
         (["--init", teacher], f"{teacher}/checkpoint.pt holds a teacher, but a student is needed"),
         (["--teacher", other], f"{first} does not fit this version: its network is"),
     ):
         assert call(train, *flags, "--init", first, *flag, "--run_dir", str(tmp_path / "c")) == 2
         assert said in capsys.readouterr().err and not os.path.exists(tmp_path / "c")
+
+
+def test_a_run_whose_evaluations_shared_a_fake_unet_still_samples_but_does_not_resume(tmp_path, teacher, capsys):
+    run, out = str(tmp_path / "run"), str(tmp_path / "new")
+    few = ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--steps", "1"]
+    assert call(train, "--teacher", teacher, *TINY, *few, "--run_dir", run) == 0
+    state = checkpoint.load(run)
+    state["model"] = {name: value for name, value in state["model"].items() if "later_" not in name}
+    checkpoint.save(f"{run}/checkpoint.pt", state)
+    capsys.readouterr()
+    assert call(train, "--run_dir", run, "--resume", "--device", "cpu", "--steps", "2") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "the evaluations of this run shared one fake_unet" in said[-1] and "--init" in said[-1]
+    assert call(train, "--teacher", teacher, *TINY, *few, "--init", run, "--run_dir", out) == 0
+    images = ["--out", str(tmp_path / "grid.png"), "--num_images", "2", "--device", "cpu"]
+    assert call(sample, "--checkpoint", run, *images) == 0
 
 
 def test_too_few_real_images_and_no_home_to_keep_their_features_in(tmp_path, features, capsys, monkeypatch):

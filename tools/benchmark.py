@@ -113,7 +113,7 @@ def steps(args, device):
             network.compile(dynamic=False)
     for name in ("both_turns", "guidance_turn"):
         if name in args.parts:
-            yield name, two_turns.train_step, (name == "both_turns", 1, None, None, 1.0)
+            yield name, two_turns.train_step, (name == "both_turns", None, None, 1.0)
     if "gan_turn" in args.parts:
         discriminator = Discriminator(net.feature_channels, num_classes).to(device, memory_format=torch.channels_last)
         gan = GAN(**shared, discriminator=discriminator, optimizers=dict(

@@ -62,9 +62,10 @@ def main(argv=None):
     levels = student["denoising_sigmas"]
     with resume.restoring(args.student):
         model = UnifiedModel(
-            networks.averaged(teacher), levels[0], len(levels), teacher["sigma_min"], sigma_max=teacher["sigma_max"],
+            networks.averaged(teacher), levels[0], sigma_min=teacher["sigma_min"], sigma_max=teacher["sigma_max"],
             cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval,
         ).to(device, memory_format=torch.channels_last)
+        model.denoising_sigmas = levels             # one fake_unet, as only the last evaluation's images are drawn
         model.feedforward_model.load_state_dict(student["model_ema"])
     guidance, num_classes = model.guidance_model, len(teacher["classes"])
 

@@ -144,11 +144,13 @@ class Distillation:
             diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
         )
         guidance = self.guidance = self.model.guidance_model
-        discriminator = Discriminator(net.feature_channels, self.data.num_classes) if args.gan_steps else None
+        classes, evaluations = self.data.num_classes, args.num_denoising_steps
+        discriminator = Discriminator(net.feature_channels, classes, evaluations) if args.gan_steps else None
         if args.teacher != "trained":               # the features, for the discriminator, stay the MLP's
             guidance.real_unet = Exact(known, guidance.real_unet).eval().requires_grad_(False)
         if args.without == "fake_unet":
-            guidance.fake_unet = NoFake(guidance)
+            guidance.fake_unet = NoFake(guidance)   # one for all evaluations, as it learns nothing
+            guidance.later_fakes = nn.ModuleList([guidance.fake_unet] * (evaluations - 1))
         self.ema = EMA(self.model.feedforward_model, args.ema_decay)
         pairs = PointPairs(self.model, args.ode_pairs, self.data.num_classes, args.batch_size, seed)
         self.phases = train.make_phases(
@@ -184,7 +186,7 @@ class Distillation:
             x_t = x + sigma * eps
             if self.args.without == "fake_unet":
                 self.guidance.fake_unet.clean = x
-            real, fake = self.guidance.guided_teacher(), self.guidance.fake_unet
+            real, fake = self.guidance.guided_teacher(), self.guidance.fakes[-1]    # x are final points
             moves = moves + real(x_t, sigma, labels) - fake(x_t, sigma, labels)
         return moves.flatten(1) / len(self.eps)
 
