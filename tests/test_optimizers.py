@@ -1,5 +1,7 @@
 """The optimizer against known answers: what Muon's step is, which weights it steps, and at which rate."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 from guidance import ClassifierHead
 from model import SimpleUNet
 from support.muon import POLYNOMIALS, Muon, orthogonalize
-from support.optimizers import Optimizer
+from support.optimizers import EVERY, Optimizer
 
 
 def conv(c_in, c_out, size=3):
@@ -90,6 +92,52 @@ def test_muon_steps_several_weights_each_by_its_own_gradient(device):
         torch.testing.assert_close(one, two)
 
 
+def test_muon_moves_each_weight_in_its_turn_by_several_steps():
+    def moves(every, steps, weights):
+        optimizer, found = Muon([dict(params=weights, lr=1e-2)], bf16=False, every=every), []
+        for step in range(steps):
+            before = [weight.detach().clone() for weight in weights]
+            for i, weight in enumerate(weights):
+                weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            optimizer.step()
+            found.append([(w.detach() - old) for w, old in zip(weights, before, strict=True)])
+        return found
+
+    shapes = [(8, 16, 3, 3), (8, 4, 1, 1), (16, 16, 3, 3)]
+    plain, taking_turns = (moves(every, 6, [nn.Parameter(torch.ones(shape)) for shape in shapes]) for every in (1, 2))
+    for step in range(6):
+        for i in range(3):                          # along the momentum of all gradients until then
+            wanted = 2 * plain[step][i] if (step + i) % 2 == 0 else torch.zeros(shapes[i])
+            torch.testing.assert_close(taking_turns[step][i], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_resumes_between_the_turns_to_the_bit():
+    """Also from the state of an older checkpoint, which has no step."""
+    def trained(steps, weights, state=None):
+        optimizer = Muon([dict(params=weights, lr=1e-2)], bf16=True, every=2)
+        if state:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for step in steps:
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return optimizer.state_dict()
+
+    torch.manual_seed(0)
+    whole = [nn.Parameter(torch.randn(8, 16, 3, 3)), nn.Parameter(torch.randn(8, 8, 3, 3))]
+    parts, older = copy.deepcopy(whole), copy.deepcopy(whole)
+    trained(range(7), whole)
+    state = trained(range(3), parts)
+    trained(range(3, 7), parts, state)
+    assert all(map(torch.equal, whole, parts))
+
+    state = trained(range(4), older)
+    for group in state["param_groups"]:
+        del group["step"]
+    trained(range(4, 7), older, state)
+    assert all(map(torch.equal, whole, older))
+
+
 def test_muon_takes_the_convolutions_inside_and_adam_the_rest():
     net, head = (network.to(memory_format=torch.channels_last) for network in (SimpleUNet(16), ClassifierHead(128)))
     optimizer = Optimizer("muon", dict.fromkeys((net, head), 1e-2))
@@ -104,9 +152,10 @@ def test_muon_takes_the_convolutions_inside_and_adam_the_rest():
         assert (id(p) in inside) == (p.ndim == 4 and not edge), name
 
     before = [p.detach().clone() for _, p in named]
-    for _, p in named:
-        p.grad = torch.randn_like(p)
-    optimizer.step()
+    for _ in range(EVERY):
+        for _, p in named:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
     assert all(not torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
     optimizer.zero_grad()
     assert all(p.grad is None for _, p in named)
@@ -125,8 +174,8 @@ def test_a_step_of_muon_goes_down_and_is_as_large_as_adams():
         Optimizer(name, {net: 1e-2}).step()
         moved[name] = before - net.weight.detach()
         assert F.cosine_similarity(moved[name].flatten(), net.weight.grad.flatten(), dim=0) > 0.7
-    # Adam's first step is lr everywhere; those that follow average to about a fifth of it.
-    assert moved["muon"].square().mean().sqrt().item() == pytest.approx(0.2e-2, rel=0.3)
+    # Adam's first step is lr everywhere; those that follow average to about a fifth of it. Muon's is for EVERY steps.
+    assert moved["muon"].square().mean().sqrt().item() == pytest.approx(EVERY * 0.2e-2, rel=0.3)
     assert moved["adam"].square().mean().sqrt().item() == pytest.approx(1e-2, rel=0.01)
 
 
