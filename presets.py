@@ -26,7 +26,7 @@ STUDENT["demo"] = dict(
 # others (docs/tuning.md).
 TEACHER["demo64"] = dict(TEACHER["demo"], image_size=64, optimizer="muon", p_mean=0.6, p_std=1.7, steps=1600)
 STUDENT["demo64"] = dict(
-    STUDENT["demo"], optimizer="muon", steps=1500,
+    STUDENT["demo"], optimizer="muon", steps=700,
     conditioning_sigma=6.0, min_step_percent=0.195, max_step_percent=0.8574, diffusion_gan_max_timestep=692,
 )
 
