@@ -18,7 +18,7 @@ from support.muon import Muon
 # Loss scaling for float16, whose smallest number is 6e-8: as torch.amp.GradScaler does it, except that a step is either
 # taken for all networks or for none.
 FIRST_SCALE, STEPS_TO_DOUBLE = 2.0**16, 2000
-EVERY = 2                                           # steps in which Muon moves a weight once, on a CPU (docs/tuning.md)
+EVERY = 4                                           # steps in which Muon moves a weight once, on a CPU (docs/tuning.md)
 
 
 class Optimizer:

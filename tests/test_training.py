@@ -119,9 +119,9 @@ def test_the_students_loop(tmp_path, photographs, photo_teacher, head, monkeypat
         flags += ["--diffusion_gan_max_timestep", "700"]
     grads, generate = [], UnifiedModel.generate
 
-    def spy(*args):
+    def spy(*args, **how):
         grads.append(torch.is_grad_enabled())
-        return generate(*args)
+        return generate(*args, **how)
 
     monkeypatch.setattr(UnifiedModel, "generate", spy)
     assert call(train, *STEPS, *flags) == 0
@@ -176,7 +176,7 @@ def test_the_students_loop(tmp_path, photographs, photo_teacher, head, monkeypat
 
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_give_the_steps_of_the_whole_batch(tmp_path, photographs, photo_teacher, microbatches):
-    both = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "4", "--warmup_steps", "0"]
+    both = ["--preset", "none", "--batch_size", "8", "--device", "cpu", "--steps", "4", "--warmup_steps", "0"]
     calls = {train0: ["--dataset", "folder", "--data_dir", photographs, "--channels", "8", "--label_dropout", "0.5"]}
     calls[train] = ["--teacher", photo_teacher, "--gen_cls_loss_weight", "0.1", "--dfake_gen_update_ratio", "2"]
     calls[train] += ["--num_denoising_steps", "2", "--conditioning_sigma", "3", "--generator_lr", "1e-3"]
@@ -198,7 +198,7 @@ def test_float16_learns_as_float32_does(tmp_path, photographs, photo_teacher):
     few = ["--preset", "none", "--batch_size", "4", "--device", "cpu", "--steps", "3", "--warmup_steps", "0"]
     few += ["--log_every", "1"]
     student = ["--teacher", photo_teacher, "--gan_steps", "1", "--discriminator_warmup_steps", "0"]
-    student += ["--num_denoising_steps", "2"]       # a step leaves one evaluation's networks without gradient
+    student += ["--num_denoising_steps", "2"]
     calls = {train0: teacher_flags(photographs), train: student}
     for script, flags in calls.items():
         losses = {}
