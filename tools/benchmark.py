@@ -118,7 +118,7 @@ def steps(args, device):
         discriminator = Discriminator(net.feature_channels, num_classes).to(device, memory_format=torch.channels_last)
         gan = GAN(**shared, discriminator=discriminator, optimizers=dict(
             generator=optimizer("adam", generator), discriminator=optimizer("adam", discriminator)))
-        yield "gan_turn", gan.train_step, (True, 1, images, labels, 1.0)
+        yield "gan_turn", gan.train_step, (True, images, labels, 1.0)
 
 
 def stepper(step, seed, device, arguments):
