@@ -2,7 +2,7 @@
 
     python train.py --conditioning_sigma 80                      # from runs/teacher into runs/dmd2
     python train.py --gen_cls_loss_weight 3e-3                   # with the classifier head, on real images
-    python train.py --num_denoising_steps 4                      # a generator of four steps
+    python train.py --num_denoising_steps 2                      # a generator of two steps
     python train.py --teacher runs/demo/teacher --preset demo    # minutes on a CPU
     python train.py --teacher edm-cifar10-32x32-cond-vp.pkl      # EDM's published network
     python train.py --gan_steps 500                              # the last 500 steps are the GAN phase

@@ -1,5 +1,6 @@
 """A headless Chromium, driven by the DevTools protocol over a pipe: needs nothing but the browser."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,10 @@ FLAGS = (                                           # no requests for updates; a
 )
 KEYS = dict(Tab=9, Enter=13, PageUp=33, End=35, Home=36)        # Windows key codes, which Chromium expects
 SECONDS = 120                                       # the longest that a test waits
+
+
+class NavigatedError(Exception):
+    """The page was left before a call had its answer."""
 
 
 class Browser:
@@ -54,6 +59,8 @@ class Browser:
             answer, _, self.received = self.received.partition(b"\0")
             answer = json.loads(answer)
             if answer.get("id") == self.calls:      # else an event
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise NavigatedError(answer["error"]["message"])
                 assert "error" not in answer, answer
                 return answer["result"]
 
@@ -66,8 +73,9 @@ class Browser:
     def wait(self, condition):
         """Wait until a JavaScript expression is true, of this page or of the one that it loads next."""
         for _ in range(50 * SECONDS):
-            if self.value(f"(() => {{ try {{ return !!({condition}) }} catch {{ return false }} }})()"):
-                return
+            with contextlib.suppress(NavigatedError):
+                if self.value(f"(() => {{ try {{ return !!({condition}) }} catch {{ return false }} }})()"):
+                    return
             time.sleep(0.02)
         shown = self.value("document.body.innerText")
         raise AssertionError(f"not within {SECONDS} seconds: {condition}; the page says: {shown}")

@@ -278,6 +278,7 @@ def test_keys_choose_the_class_the_seed_and_the_walk(folder, address, browser):
 
 def test_the_noise_of_the_page_is_numpys(address, browser):
     browser.open(f"{address}/one/")
+    browser.wait(READY)                             # its service worker may have loaded it anew
     for seed, image, draw, walk in [(0, 0, 0, 0), (1, 99, 2, 0), (2**32 - 1, 5, 0, 0.3), (10**12, 7, 1, 0)]:
         call = f"imageNoise({seed}, {image}, 32, {draw}, {walk})"
         found = np.array(browser.value(f"import('./noise.js').then(({{imageNoise}}) => Array.from({call}))"))

@@ -114,7 +114,7 @@ def test_a_student_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
     for flag, said in (
         (["--conditioning_sigma", "80"], "the student of --init starts at the noise levels [3.0], not [80.0]"),
         (["--init", more], "the student of --init starts at the noise levels [3.0, "),
-        (["--init", more, "--num_denoising_steps", "3"], "the student of --init starts at the noise levels [3.0, "),
+        (["--init", more, "--num_denoising_steps", "4"], "the student of --init starts at the noise levels [3.0, "),
         (["--init", teacher], f"{teacher}/checkpoint.pt holds a teacher, but a student is needed"),
         (["--teacher", other], f"{first} does not fit this version: its network is"),
     ):
