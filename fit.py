@@ -42,7 +42,7 @@ class Fit(Phase):
                 else:
                     x_gen = self.model.denoise_again(x_ode_k, labels_k, level, rng)
             # L_fit = mean((G(z sigma_cond, sigma_cond, y) - x_ode)^2)
-            # later: mean((G(x_ode + sigma_i eps, sigma_i, y) - x_ode)^2)
+            # and at a later level i: mean((G(x_ode + sigma_i eps, sigma_i, y) - x_ode)^2)
             loss = F.mse_loss(x_gen, x_ode_k)
             optimizer.backward(loss / k)
             add_microbatch(log, k, loss_fit=loss)
