@@ -4,7 +4,6 @@ import torch
 
 from support import hardware
 
-MOMENTUM = 0.95
 # (a, b, c) of polynomials a x + b x^3 + c x^5, applied one after another to singular values in [0.01, 1]. Each is the
 # best approximation of 1 on the range that the ones before it leave; after the last the error is at most 0.27 (Polar
 # Express: Amsel et al. 2025, arXiv 2505.16932).
@@ -96,13 +95,15 @@ class Muon(torch.optim.Optimizer):
         bf16: compute the last products in bf16; else in float32.
         every: a weight moves in every so-many-th step, by as many times the step, and the weights of a group take
             turns. The momentum sees all gradients, and the inverse roots, most of the time, are computed less often.
+        momentum: mu in the formula below.
 
     step() overwrites the gradients.
     """
 
-    def __init__(self, groups, bf16, every=1):
+    def __init__(self, groups, bf16, every=1, momentum=0.95):
         super().__init__(groups, dict(lr=0.0, step=0))
-        self.dtype, self.every = torch.bfloat16 if bf16 else torch.float32, every
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.every, self.momentum = every, momentum
 
     @torch.no_grad()
     def step(self):
@@ -115,7 +116,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
             # M <- mu M + (1 - mu) G;    W <- W - lr 0.2 sqrt(max(n, k)) orthogonal(mu M + (1 - mu) G)
             momenta = [self.state[weight]["momentum"] for weight in weights]
-            torch._foreach_lerp_(momenta, [weight.grad for weight in weights], 1 - MOMENTUM)
+            torch._foreach_lerp_(momenta, [weight.grad for weight in weights], 1 - self.momentum)
             step = group.get("step", 0)             # older checkpoints have none
             group["step"] = step + 1
             due = [i for i in range(len(weights)) if (step + i) % self.every == 0]
@@ -123,7 +124,8 @@ class Muon(torch.optim.Optimizer):
                 continue
             weights, momenta = [weights[i] for i in due], [momenta[i] for i in due]
             gradients = [weight.grad for weight in weights]
-            torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # in place: on a CPU new memory takes six times as long
+            # In place: on a CPU new memory takes six times as long.
+            torch._foreach_lerp_(gradients, momenta, self.momentum)
             updates = [as_matrix(gradient) for gradient in gradients]
             lengths = [self.every * 0.2 * max(x.shape) ** 0.5 for x in updates]
             moves = orthogonalize(updates, self.dtype, lengths, group["lr"])

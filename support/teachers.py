@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from model import SimpleUNet
 from support import checkpoint, networks, processes, resume, shapes
 from support.errors import UsageError
 from support.image_files import few, number
@@ -52,15 +53,11 @@ def begin_from(path, net, classes):
         CheckpointError: there is no such teacher, or its network is another.
     """
     source = checkpoint.load(path, kind="teacher")
-    known = [name for name in classes if name in source["classes"]]
-    with resume.restoring(path), torch.no_grad():
-        rows = net.label_embedding.weight.clone()
-        theirs = source["model_ema"]["label_embedding.weight"].float()
-        rows[[classes.index(name) for name in known]] = theirs[[source["classes"].index(name) for name in known]]
+    with resume.restoring(path):
         if source["model_config"]["sigma_data"] != net.sigma_data:
             raise ValueError(f"its sigma_data is {source['model_config']['sigma_data']}, not {net.sigma_data}")
-        net.load_state_dict(dict(source["model_ema"], **{"label_embedding.weight": rows}))
-    size, how = networks.image_size(source["model_config"]), f", {len(known)} of {len(classes)} classes known to it"
+        how = take_weights(net, source, classes)
+    size = networks.image_size(source["model_config"])
     if size != net.image_size:
         how += f", from {size}x{size} to {net.image_size}x{net.image_size} pixels"
     processes.main_only(print)(f"begins from {checkpoint.find(path)}, step {source['step']}{how}")
@@ -69,21 +66,43 @@ def begin_from(path, net, classes):
 def begin_with_student(path, generator, classes, sigmas):
     """Give a fresh generator the EMA weights of a student with the same noise levels, or with the first of them.
 
+    The embeddings of classes that the student does not know stay the teacher's.
+
     Raises:
         CheckpointError: there is no such student, or its network is another.
-        UsageError: it has other classes or other noise levels.
+        UsageError: it has other noise levels, or other classes, of which only a SimpleUNet can have new ones.
     """
     source = checkpoint.load(path, kind="student")
-    if source["classes"] != classes:
+    if source["classes"] != classes and not isinstance(generator, SimpleUNet):
         raise UsageError(f"the classes of --init {path} are not those of the teacher")
     if source["denoising_sigmas"] != sigmas[: len(source["denoising_sigmas"])]:
         raise UsageError(f"the student of --init starts at the noise levels {source['denoising_sigmas']}, not {sigmas}")
     with resume.restoring(path):
         theirs, ours = networks.described(networks.rebuild(source["model_config"])), networks.described(generator)
+        if source["classes"] != classes:
+            theirs["label_dim"] = ours["label_dim"]
         if theirs != ours:
             raise ValueError(f"its network is {theirs}, the teacher's {ours}")
-        generator.load_state_dict(source["model_ema"])
-    processes.main_only(print)(f"begins with the student {checkpoint.find(path)}, step {source['step']}")
+        how = take_weights(generator, source, classes)
+    processes.main_only(print)(f"begins with the student {checkpoint.find(path)}, step {source['step']}{how}")
+
+
+@torch.no_grad()
+def take_weights(net, source, classes):
+    """Give a network the EMA weights of a checkpoint; of other classes than these the embeddings go by name.
+
+    Returns:
+        the end of a sentence: how many of the classes the checkpoint knows; empty where its classes are these.
+    """
+    if source["classes"] == classes:
+        net.load_state_dict(source["model_ema"])
+        return ""
+    known = [name for name in classes if name in source["classes"]]
+    rows = net.label_embedding.weight.clone()
+    theirs = source["model_ema"]["label_embedding.weight"].float()
+    rows[[classes.index(name) for name in known]] = theirs[[source["classes"].index(name) for name in known]]
+    net.load_state_dict(dict(source["model_ema"], **{"label_embedding.weight": rows}))
+    return f", {len(known)} of {len(classes)} classes known to it"
 
 
 def load(args, state, needing_images=()):

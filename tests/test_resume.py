@@ -110,6 +110,17 @@ def test_a_student_begins_with_the_weights_of_another(tmp_path, teacher, capsys,
     for name, value in theirs["model_ema"].items():
         torch.testing.assert_close(state["model_ema"][name], value)
 
+    new = str(image_tree(tmp_path / "tree", classes=("ant", "cat", "bee")))     # its classes need not be the teacher's
+    ants, third = make_teacher(tmp_path / "ants", new, "--steps", "1"), str(tmp_path / "third")
+    few = [*flags, "--teacher", ants, "--generator_lr", "1e-12"]
+    assert call(train, *few, "--init", first, "--run_dir", third) == 0
+    assert "step 2, 1 of 3 classes known to it" in capsys.readouterr().out
+    state, row = checkpoint.load(third)["model_ema"], "label_embedding.weight"
+    table, old = state.pop(row), checkpoint.load(ants)["model_ema"][row]
+    torch.testing.assert_close(table, torch.stack([old[0], old[1], theirs["model_ema"][row][0]]))     # ant, bee, cat
+    for name, value in state.items():
+        torch.testing.assert_close(value, theirs["model_ema"][name])
+
     other = make_teacher(tmp_path / "other", tree, "--channels", "16", "--steps", "1")
     for flag, said in (
         (["--conditioning_sigma", "80"], "the student of --init starts at the noise levels [3.0], not [80.0]"),
