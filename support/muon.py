@@ -93,8 +93,9 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: parameter groups of torch.optim, of weights [out, in, h, w].
         bf16: compute the last products in bf16; else in float32.
-        every: a weight moves in every so-many-th step, by as many times the step, and the weights of a group take
-            turns. The momentum sees all gradients, and the inverse roots, most of the time, are computed less often.
+        every: a weight whose products cost more than the group's average moves in every so-many-th step only, by as
+            many times the step; these weights take turns. The momentum sees all gradients. In SimpleUNet they are 8 of
+            27, with nine tenths of the cost.
         momentum: mu in the formula below.
 
     step() overwrites the gradients.
@@ -119,15 +120,17 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, [weight.grad for weight in weights], 1 - self.momentum)
             step = group.get("step", 0)             # older checkpoints have none
             group["step"] = step + 1
-            due = [i for i in range(len(weights)) if (step + i) % self.every == 0]
-            if not due:
-                continue
+            costs = [min(x.shape) ** 2 * max(x.shape) for x in map(as_matrix, weights)]
+            costly = [i for i, cost in enumerate(costs) if cost > sum(costs) / len(costs)]
+            waiting = [i for turn, i in enumerate(costly) if (step + turn) % self.every]
+            due = [i for i in range(len(weights)) if i not in waiting]
             weights, momenta = [weights[i] for i in due], [momenta[i] for i in due]
             gradients = [weight.grad for weight in weights]
             # In place: on a CPU new memory takes six times as long.
             torch._foreach_lerp_(gradients, momenta, self.momentum)
             updates = [as_matrix(gradient) for gradient in gradients]
-            lengths = [self.every * 0.2 * max(x.shape) ** 0.5 for x in updates]
+            steps = [self.every if i in costly else 1 for i in due]
+            lengths = [n * 0.2 * max(x.shape) ** 0.5 for n, x in zip(steps, updates, strict=True)]
             moves = orthogonalize(updates, self.dtype, lengths, group["lr"])
             for weight, move in zip(weights, moves, strict=True):
                 as_matrix(weight).sub_(move)
