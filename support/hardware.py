@@ -1,7 +1,6 @@
 """Device and precision: where the networks run, and in what arithmetic."""
 
 import contextlib
-import ctypes
 import os
 import platform
 import sys
@@ -28,28 +27,11 @@ def start(args):
     if picked.type == "cpu" and torch.get_num_threads() > 1 and others_run() and processes.MAIN:
         print("note: other programs are running; with GOMP_SPINCOUNT=2000 in the environment waiting threads sleep "
               "instead of spinning, which can be many times as fast", file=sys.stderr)
-    if picked.type == "cpu":
-        keep_freed_memory()
     if picked.type == "mps":
         number = "bf16" if uses_bf16(picked, args.precision) else "fp16" if args.precision == "fp16" else "float32"
         print(f"--device mps, in {number}; operators that MPS lacks run on the CPU (--device cpu: all do)")
     processes.start()
     return picked
-
-
-def keep_freed_memory():
-    """Let the C library keep the memory that this process frees, for its next use; does nothing where it is not glibc.
-
-    glibc gives large blocks back, and the system clears every page of the next ones: 0.94 of a step's time without
-    (docs/tuning.md).
-    """
-    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1           # of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):    # macOS, musl; Windows
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def others_run():

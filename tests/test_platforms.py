@@ -1,16 +1,12 @@
 """Windows, macOS, other terminals and other launchers, as far as they can be imitated on Linux."""
 
 import ast
-import ctypes
 import io
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import time
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -275,21 +271,3 @@ def test_a_script_started_otherwise_is_alone_or_ends_in_one_line(variables, code
     )
     assert done.returncode == code and done.stdout == ("" if code else "0 1\n")
     assert len(done.stderr.splitlines()) == (1 if code else 0)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is for glibc")
-def test_memory_that_was_freed_is_not_given_back():
-    def faults():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    hardware.keep_freed_memory()
-    faults()
-    assert faults() < 1000                          # of 16384 pages
-
-
-def test_without_glibc_memory_is_as_it_is(monkeypatch):
-    for library in (object(), OSError(), TypeError()):                              # musl, none, Windows
-        monkeypatch.setattr(ctypes, "CDLL", Mock(side_effect=[library]))
-        hardware.keep_freed_memory()
