@@ -100,7 +100,7 @@ def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labe
 class GAN(Phase):
     """The steps of the GAN phase; optimizers: generator, discriminator.
 
-    At its end the EMA holds the plain average of the generator's weights over the phase.
+    At its end the EMA holds an average of the generator's weights over the phase, mostly its last half.
     """
 
     discriminator: Discriminator = None             # of the teacher's features
@@ -108,7 +108,7 @@ class GAN(Phase):
     needs_images = True
 
     def step(self, i, rngs, x_real, real_labels):
-        if i == 0:                                  # GAN iterates oscillate: the student is their average (SWA)
+        if i == 0:                                  # GAN iterates oscillate: the student is their average
             self.ema.begin_mean()
         trains_generator = i >= self.discriminator_warmup_steps
         j = max(0, i - self.discriminator_warmup_steps)

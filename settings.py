@@ -97,7 +97,7 @@ def add_method(parser, add):
     add("--cls_head_lr", type=flags.rate, help="learning rate of the classifier head; default: guidance_lr")
     add = parser.add_argument_group("the GAN, the last phase: a discriminator on the teacher's features").add_argument
     add("--gan_steps", type=flags.natural, default=0,
-        help="steps of this phase, over which the student's weights are averaged; 0: none")
+        help="steps of this phase, over which the student's weights are averaged, late ones more; 0: none")
     add("--discriminator_warmup_steps", type=flags.natural, default=100,
         help="first steps of this phase, in which only the discriminator trains")
     add("--gan_lr", type=flags.rate, default=3e-5, help="learning rate of feedforward_model in this phase")

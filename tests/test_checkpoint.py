@@ -270,9 +270,10 @@ def test_ema_is_the_exponential_average_with_a_young_run_averaged_shorter():
     assert not ema.module.weight.requires_grad and ema.module.count == 200
 
     ema.begin_mean()
-    first, later = ema.module.weight.item(), [3.0, -1.0, 8.0]
-    for value in later:
+    expected = ema.module.weight.item()
+    for n, value in enumerate([3.0, -1.0, 8.0], 1):
+        expected += 4 / (n + 4) * (value - expected)                # Shamir & Zhang, section 4, with eta = 3
         with torch.no_grad():
             net.weight.fill_(value)
         ema.update_parameters(net, mean=True)
-    assert ema.module.weight.item() == pytest.approx((first + sum(later)) / 4, rel=1e-5)
+    assert ema.module.weight.item() == pytest.approx(expected, rel=1e-5)
