@@ -132,8 +132,10 @@ def test_the_last_steps_train_with_the_gan_loss_only(tmp_path, tree, trained_tea
         if step >= 4:                               # after the discriminator warm-up
             adam.step()
             averaged.append(copy.deepcopy(generator.state_dict()))
-    mean = {key: sum(weights[key] for weights in averaged) / 4 for key in averaged[0]}
     assert len(averaged) == 4
+    mean = dict(averaged[0])
+    for n, weights in enumerate(averaged[1:], 1):       # Shamir & Zhang 2013, section 4, with eta = 3
+        mean = {key: (n * mean[key] + 4 * weights[key]) / (n + 4) for key in mean}
     for key, value in mean.items():
         torch.testing.assert_close(state["model_ema"][key], value, rtol=1e-3, atol=2e-4)
     for key, value in discriminator.state_dict().items():

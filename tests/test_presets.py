@@ -13,7 +13,7 @@ import presets
 import sample
 import train
 import train0
-from support import checkpoint, networks, shapes
+from support import checkpoint, data, networks, shapes
 from tools import benchmark, features
 
 PRESETS = {train0: presets.TEACHER, train: presets.STUDENT}
@@ -21,6 +21,7 @@ PRESETS = {train0: presets.TEACHER, train: presets.STUDENT}
 
 @pytest.mark.parametrize("preset", presets.TEACHER)
 def test_the_presets_run_on_shapes(tmp_path, monkeypatch, preset):
+    monkeypatch.setattr(data, "SHAPES_TRAIN_IMAGES", 500)
     for values in PRESETS.values():
         monkeypatch.delitem(values[preset], "compile", raising=False)               # compiling takes a minute
     few = ["--preset", preset, "--steps", "1", "--batch_size", "4", "--device", "cpu"]
