@@ -3,7 +3,7 @@
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-ETA = 3
+ETA = 3                                             # higher: the mean forgets its first weights sooner
 
 
 class EMA(AveragedModel):
