@@ -5,13 +5,16 @@
               optimizers=dict(generator=Optimizer(...), discriminator=Optimizer(...)))
     log = gan.step(i, rngs, x_real, real_labels)    # i = 0 .. 1499
 
-The discriminator reads the frozen teacher's features of a noised image at every resolution, as in LADD (latent
-adversarial diffusion distillation, Sauer et al. 2024, arXiv 2403.12015, section 3). It is not the classifier head of
+The discriminator reads the features of a frozen network at every resolution: the teacher's of a noised image, as in
+LADD (latent adversarial diffusion distillation, Sauer et al. 2024, arXiv 2403.12015, section 3), or those of a
+classifier, as in Projected GAN (Sauer et al. 2021, arXiv 2111.01007, section 3). It is not the classifier head of
 guidance.py: that one reads fake_unet, which changes with the generator, and trains beside the DM loss. A generator of
 several evaluations has a discriminator for each, for the reason that guidance.py gives.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ from phases import Phase
 from support import data
 from support.meter import add_microbatch
 from support.optimizers import lr_factor
+
+CLASSIFIER_NOISE = 0.05                             # standard deviation; images span [-1, 1]
 
 
 class FeatureHead(nn.Module):
@@ -45,11 +50,26 @@ class FeatureHead(nn.Module):
         return self.out(h).flatten() + (self.label_embedding(labels) * h).sum(1)
 
 
+def teacher_features(guidance, x, labels, rng):
+    """The teacher's features [B, C, h, w], at several resolutions, of images x [B, 3, H, W] with random noise."""
+    return guidance.real_unet(*guidance.diffusion_gan_noise(x, rng), labels, return_features=True)
+
+
+def classifier_features(classifier, x, labels, rng):
+    """Those of a support.classifier.Classifier, of the images shifted at random and with a little noise.
+
+    Both keep the heads from learning single images (DiffAugment, Zhao et al. 2020, arXiv 2006.10738), and the generator
+    from patterns that only this classifier sees. No class goes in: the heads know it.
+    """
+    x = data.random_shift(x + CLASSIFIER_NOISE * rng.normal(*x.shape), x.shape[-1] // 8, rng)
+    return classifier.maps(x)
+
+
 class Discriminator(nn.Module):
-    """The teacher's features of L resolutions and classes [B] to logits [B, L], one head each; high for real images.
+    """Features of L resolutions and classes [B] to logits [B, L], one head each; high for real images.
 
     Args:
-        feature_channels: of the teacher.
+        feature_channels: the channels of each.
         classes: their number.
         evaluations: of the generator; each has its own heads, those of its `level`.
     """
@@ -64,11 +84,11 @@ class Discriminator(nn.Module):
         return torch.stack([head(h, labels) for head, h in zip(heads, features, strict=True)], 1)
 
 
-def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labels, rng=None, level=0):
+def compute_gan_losses(features, discriminator, x_gen, labels, x_real, real_labels, rng=None, level=0):
     """The losses of generator and discriminator on the same images (hinge loss, arXiv 1705.02894, section 3).
 
     Args:
-        guidance: a GuidanceModel: its real_unet gives the features, its diffusion_gan_noise the noised images.
+        features: (x, labels, rng) -> features, teacher_features or classifier_features of a network.
         discriminator: a Discriminator of these features.
         x_gen: generated images, float [B, 3, H, W], with a gradient to the generator.
         labels: the classes they were generated for, [B].
@@ -81,15 +101,15 @@ def compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labe
         gives them to the discriminator alone; and a dict with logit_fake and logit_real, 0-d means.
     """
     rng = rng or fresh_random(x_gen.device)
-    fake = guidance.real_unet(*guidance.diffusion_gan_noise(x_gen, rng), labels, return_features=True)
+    fake = features(x_gen, labels, rng)
     with torch.no_grad():
-        real = guidance.real_unet(*guidance.diffusion_gan_noise(x_real, rng), real_labels, return_features=True)
+        real = features(x_real, real_labels, rng)
     with frozen(discriminator):
-        # L_gan = -mean(D(x_gen + sigma_t eps))
+        # L_gan = -mean(D(x_gen))
         loss_gan = -discriminator(fake, labels, level).mean()
     fake = discriminator([h.detach() for h in fake], labels, level)                 # [B, L]
     real = discriminator(real, real_labels, level)                                  # [B, L]
-    # L_discriminator = mean(max(0, 1 + D(x_gen + sigma_t eps))) + mean(max(0, 1 - D(x_real + sigma_t eps)))
+    # L_discriminator = mean(max(0, 1 + D(x_gen))) + mean(max(0, 1 - D(x_real)))
     # Hinge each head by itself: a hinge on the mean of the heads saturates once one head is confident.
     loss_discriminator = F.relu(1 + fake).mean() + F.relu(1 - real).mean()
     losses = dict(loss_gan=loss_gan, loss_discriminator=loss_discriminator)
@@ -103,9 +123,14 @@ class GAN(Phase):
     At its end the EMA holds an average of the generator's weights over the phase, mostly its last half.
     """
 
-    discriminator: Discriminator = None             # of the teacher's features
+    discriminator: Discriminator = None             # of these features
+    features: Callable = None                       # as compute_gan_losses takes them; None: the teacher's
     discriminator_warmup_steps: int = 100           # first steps, in which only the discriminator trains
     needs_images = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.features = self.features or partial(teacher_features, self.guidance)
 
     def step(self, i, rngs, x_real, real_labels):
         if i == 0:                                  # GAN iterates oscillate: the student is their average
@@ -128,7 +153,7 @@ class GAN(Phase):
             real = data.random_flip(x_real_k, rng) if self.flip else x_real_k, real_labels_k
             with self.autocast():
                 losses, logits = compute_gan_losses(
-                    self.guidance, self.discriminator, x_gen, labels, *real, rng, level)
+                    self.features, self.discriminator, x_gen, labels, *real, rng, level)
             if trains_generator:
                 optimizers["generator"].backward(losses["loss_gan"] / k)
             optimizers["discriminator"].backward(losses["loss_discriminator"] / k)

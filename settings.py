@@ -15,7 +15,7 @@ LEAST_IMAGES = 256                                  # that evaluate.py measures
 # Flags that must not change when a run is resumed.
 TEACHER_FIXED = ("dataset", "image_size", "channels", "blocks", "seed", "optimizer")
 STUDENT_FIXED = ("teacher", "guide", "dataset", "seed", "optimizer", "conditioning_sigma", "num_denoising_steps",
-                 "fit_steps", "gan_steps")
+                 "fit_steps", "gan_steps", "gan_features")
 
 
 def teacher_parser(argv=None):
@@ -95,17 +95,20 @@ def add_method(parser, add):
         help="weight of its loss in the generator turn, 3e-3 in the paper; 0: no head, and no real images needed")
     add("--cls_loss_weight", type=flags.weight, default=1e-2, help="weight of its loss in the guidance turn")
     add("--cls_head_lr", type=flags.rate, help="learning rate of the classifier head; default: guidance_lr")
-    add = parser.add_argument_group("the GAN, the last phase: a discriminator on the teacher's features").add_argument
+    add = parser.add_argument_group("the GAN, the last phase: a discriminator on frozen features").add_argument
     add("--gan_steps", type=flags.natural, default=0,
         help="steps of this phase, over which the student's weights are averaged, late ones more; 0: none")
     add("--discriminator_warmup_steps", type=flags.natural, default=100,
         help="first steps of this phase, in which only the discriminator trains")
+    add("--gan_features", type=flags.path,
+        help="a classifier of tools.features, which the discriminator looks through; default: the teacher")
     add("--gan_lr", type=flags.rate, default=3e-5, help="learning rate of feedforward_model in this phase")
     add("--discriminator_lr", type=flags.rate, default=1e-3, help="learning rate of the discriminator")
     real = parser.add_argument_group("real images for both, by default the teacher's training images")
     real.add_argument(
         "--diffusion_gan_max_timestep", type=flags.number(int, 0, constants.NUM_TRAIN_TIMESTEPS), default=1000,
-        help="both see images noised to a random timestep below this one of 1000; 0: without noise",
+        help="the head, and the discriminator that looks through the teacher, see images noised to a random timestep "
+        "below this one of 1000; 0: without noise",
     )
     return real
 
@@ -156,6 +159,8 @@ def check_student(args, state, refuse):
         refuse("--cls_loss_weight 0 would leave the classifier head untrained")
     if args.min_step_percent > args.max_step_percent:
         refuse(f"--min_step_percent {args.min_step_percent} is above --max_step_percent {args.max_step_percent}")
+    if args.gan_features and not args.gan_steps:
+        refuse("--gan_features needs --gan_steps above 0")
     if args.fit_steps + args.gan_steps > args.steps:
         phases = f"--fit_steps {args.fit_steps} and --gan_steps {args.gan_steps}"
         refuse(f"{phases} are more than --steps {args.steps}, which counts all phases")

@@ -31,10 +31,10 @@ import torch
 
 import diffusion
 from fit import Fit
-from gan import GAN, Discriminator
+from gan import GAN, Discriminator, classifier_features
 from phases import Phase, current
 from settings import parse_student as parse_args
-from support import data, hardware, networks, pictures, processes, resume, teachers, validation
+from support import classifier, data, hardware, networks, pictures, processes, resume, teachers, validation
 from support.ema import EMA
 from support.meter import add_microbatch
 from support.optimizers import Optimizer, lr_factor
@@ -105,7 +105,7 @@ class DMD2(Phase):
         return log
 
 
-def make_phases(args, model, discriminator, ema, pairs, num_classes, device):
+def make_phases(args, model, discriminator, features, ema, pairs, num_classes, device):
     """The phases of this run, in their order; discriminator and pairs are None where there is no GAN and no fit."""
     generator, guidance = model.feedforward_model, model.guidance_model
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
@@ -135,7 +135,8 @@ def make_phases(args, model, discriminator, ema, pairs, num_classes, device):
         adam = partial(Optimizer, "adam", fp16=fp16, betas=(0.0, 0.99))             # without momentum, as in StyleGAN
         phases.append(GAN(
             **shared, start=gan_start, steps=args.gan_steps, lr_schedule=args.lr_schedule,
-            discriminator=discriminator, discriminator_warmup_steps=args.discriminator_warmup_steps,
+            discriminator=discriminator, features=features,
+            discriminator_warmup_steps=args.discriminator_warmup_steps,
             optimizers=dict(generator=adam({generator: args.gan_lr}),
                             discriminator=adam({discriminator: args.discriminator_lr})),
         ))
@@ -181,8 +182,10 @@ def main(argv=None):
     source, teacher, guide = teachers.load(args, state, needing_images=["gan_steps"])
     args.dataset, args.data_dir, args.flip = data.named(args, source)               # for evaluate.py, too
     adversarial = args.gen_cls_loss_weight > 0 or args.gan_steps > 0
-    if adversarial and not hasattr(teacher, "feature_channels"):
+    need_features = args.gen_cls_loss_weight > 0 or (args.gan_steps > 0 and not args.gan_features)
+    if need_features and not hasattr(teacher, "feature_channels"):
         raise errors.UsageError(f"--gen_cls_loss_weight and --gan_steps need features, which {args.teacher} has not")
+    judge = classifier.load(args.gan_features, teacher.image_size) if args.gan_features else None
     dataset = data.from_flags(args, source) if adversarial or args.eval_every else None
     num_classes, sigmas = len(source["classes"]), dict(sigma_min=source["sigma_min"], sigma_max=source["sigma_max"])
     if args.num_denoising_steps > 1 and args.conditioning_sigma <= source["sigma_min"]:
@@ -197,20 +200,24 @@ def main(argv=None):
         diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
     ).to(device, memory_format=torch.channels_last)
     generator, guidance = model.feedforward_model, model.guidance_model
-    discriminator = None
+    discriminator = features = None
     if args.gan_steps:
-        discriminator = Discriminator(teacher.feature_channels, num_classes, args.num_denoising_steps)
+        discriminator = Discriminator((judge or teacher).feature_channels, num_classes, args.num_denoising_steps)
         discriminator = discriminator.to(device, memory_format=torch.channels_last)
+    if judge:
+        features = partial(classifier_features, judge.to(device, memory_format=torch.channels_last))
     if args.init and not state:
         teachers.begin_with_student(args.init, generator, source["classes"], model.denoising_sigmas)
     ema = EMA(generator, args.ema_decay)
     pairs = ode_pairs(args, model, num_classes, device) if args.fit_steps else None
-    phases = make_phases(args, model, discriminator, ema, pairs, num_classes, device)
+    phases = make_phases(args, model, discriminator, features, ema, pairs, num_classes, device)
 
     # `model` holds the teacher and its guide too, so that a run stands on its own.
     stateful = dict(model=model, ema=ema, **{type(phase).__name__.lower(): phase for phase in phases})
     if args.gan_steps:
         stateful["discriminator"] = discriminator
+    if judge:
+        stateful["gan_features"] = judge            # as it was when the run began
     if adversarial:
         batches = stateful["batches"] = data.Batches(dataset, args.batch_size, args.seed, device)
     resume.restore(args, state, stateful)

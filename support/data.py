@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from constants import IMAGE_SIZE
 from support import image_cache, image_files, networks, processes, published, shapes
@@ -180,6 +181,15 @@ def to_uint8(images):
 def random_flip(images, rng):
     """Mirror each image [B, 3, H, W] with probability 1/2."""
     return torch.where(rng.uniform(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+
+
+def random_shift(images, pad, rng):
+    """Shift each image [B, 3, H, W] by up to pad pixels either way, with reflection at the edges."""
+    n, size, device = len(images), images.shape[-1], images.device
+    rows, columns = (rng.integers(0, 2 * pad, n, 1) + torch.arange(size, device=device) for _ in range(2))      # [B, H]
+    padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)          # [B, H + 2 pad, W + 2 pad, 3]
+    shifted = padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return shifted.permute(0, 3, 1, 2)                                              # [B, 3, H, W]
 
 
 class Batches:

@@ -19,7 +19,7 @@ from support.errors import UsageError
 # The last version whose checkpoints do not name the commit that made them.
 LAST_UNNAMED = "804d3b3"
 SESSION_FLAGS = ("stamp", "given", "run_dir", "device", "max_minutes", "resume", "overwrite", "preset")
-PATH_FLAGS = ("data_dir", "teacher", "guide", "init", "feature_extractor", "inception_weights")
+PATH_FLAGS = ("data_dir", "teacher", "guide", "init", "gan_features", "feature_extractor", "inception_weights")
 
 
 def settings(args):

@@ -153,7 +153,8 @@ def leave_out(args, source, has_features, needing_images):
         ("cfg_scale", 1.0, not source.get("label_dropout") and "it was trained without --label_dropout"),
         ("autoguidance_scale", 1.0, guide and not Path(guide).exists() and f"there is no {checkpoint.GUIDE} beside it"),
         *((name, 0, not named and "it does not name its images (--dataset)") for name in needing_images),
-        *((name, 0, not has_features and "it has no features") for name in ("gan_steps", "gen_cls_loss_weight")),
+        ("gan_steps", 0, not has_features and not args.gan_features and "it has no features"),
+        ("gen_cls_loss_weight", 0, not has_features and "it has no features"),
     ):
         if missing and getattr(args, name) != off and name not in args.given:
             setattr(args, name, off)

@@ -1,17 +1,21 @@
 """The GAN phase: its discriminator, its losses, its steps, and the average of the weights that it leaves."""
 
 import copy
+import os
+import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, call, interrupted, log_of, read_bytes, trained_net
+from conftest import TINY, assert_same_run, call, interrupted, log_of, read_bytes, trained_net
 
 import train
-from gan import Discriminator, FeatureHead, compute_gan_losses
+from gan import CLASSIFIER_NOISE, Discriminator, FeatureHead, classifier_features, compute_gan_losses, teacher_features
 from guidance import GuidanceModel
-from support import checkpoint, data, networks
+from support import archive, checkpoint, classifier, data, networks
+from support.classifier import Classifier, conv_body, small_body
 from support.randomness import StepRandom
 from unified_model import UnifiedModel
 
@@ -45,7 +49,8 @@ def test_the_losses_are_the_hinges_of_logits_on_the_frozen_teachers_features():
         assert (discriminator(features, labels.flip(0)) - logits[-1] / 20).abs().max() > 1e-3              # y matters
     forward = discriminator.forward
     discriminator.forward = lambda *args: 20 * forward(*args)
-    losses, log = compute_gan_losses(guidance, discriminator, x_gen, LABELS, x_real, REAL_LABELS, StepRandom(5, 0))
+    losses, log = compute_gan_losses(
+        partial(teacher_features, guidance), discriminator, x_gen, LABELS, x_real, REAL_LABELS, StepRandom(5, 0))
     fake, real = logits
     assert (1 + fake).min() < 0 < (1 + fake).max() and (1 - real).min() < 0 < (1 - real).max()
     torch.testing.assert_close(losses["loss_gan"], -fake.mean())
@@ -65,12 +70,88 @@ def test_each_loss_trains_its_own_side():
             network.zero_grad()
         x_gen = model.generate(torch.randn(4, 3, 32, 32), LABELS)
         losses, _ = compute_gan_losses(
-            guidance, discriminator, x_gen, LABELS, torch.randn(4, 3, 32, 32), REAL_LABELS)
+            partial(teacher_features, guidance), discriminator, x_gen, LABELS, torch.randn(4, 3, 32, 32), REAL_LABELS)
         losses[loss].backward()
         assert sum(p.grad.abs().sum() for p in moved.parameters()) > 0
         assert all(p.grad is None for p in still.parameters())
         for network in guidance.real_unet, guidance.fake_unet:
             assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def classifier_file(tmp_path_factory):
+    """A classifier of ten classes, untrained, as tools.features saves it."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("classifier") / "features.pt2"
+    archive.save(Classifier(small_body(32), 128, 10), path, 32, list("abcdefghij"))
+    return str(path)
+
+
+@pytest.mark.formula
+def test_a_classifiers_maps_are_the_last_activations_of_each_resolution(classifier_file):
+    net, x = classifier.load(classifier_file, 32), torch.rand(2, 3, 32, 32) * 2 - 1
+    wanted = [net.body[:3](x), net.body[:6](x), net.body[:9](x)]                    # after each convolution of stride 2
+    assert [h.shape for h in wanted] == [(2, 32, 16, 16), (2, 64, 8, 8), (2, 128, 4, 4)]
+    assert all(torch.equal(h, own) for h, own in zip(wanted, net.maps(x), strict=True))
+    assert net.feature_channels == [32, 64, 128] and not any(p.requires_grad for p in net.parameters())
+    large = Classifier(conv_body(32), 256, 10).eval()               # several layers, then a pooling, at each resolution
+    wanted = [large.body[:end](x) for end in (3, 10, 17, 24)]
+    assert [h.shape[1:] for h in wanted] == [(32, 32, 32), (64, 16, 16), (256, 8, 8), (256, 4, 4)]
+    assert all(torch.equal(h, own) for h, own in zip(wanted, large.maps(x), strict=True))
+
+
+@pytest.mark.formula
+def test_a_classifier_sees_shifted_images_with_a_little_noise(classifier_file):
+    net, x = classifier.load(classifier_file, 32), (torch.rand(3, 3, 32, 32) * 2 - 1).requires_grad_()
+    maps = classifier_features(net, x, LABELS[:3], StepRandom(4, 2))
+    rng = StepRandom(4, 2)
+    noisy = x.detach() + CLASSIFIER_NOISE * rng.normal(3, 3, 32, 32)
+    rows, columns = rng.integers(0, 8, 3, 1), rng.integers(0, 8, 3, 1)
+    padded = F.pad(noisy, (4,) * 4, mode="reflect")
+    places = [(int(r), int(c)) for r, c in zip(rows, columns, strict=True)]
+    assert len(set(places)) == 3
+    seen = torch.stack([padded[i, :, r : r + 32, c : c + 32] for i, (r, c) in enumerate(places)])
+    for h, wanted in zip(maps, net.maps(seen), strict=True):
+        torch.testing.assert_close(h, wanted)
+    sum(h.sum() for h in maps).backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_gan_phase_through_a_classifier(tmp_path, tree, trained_teacher, classifier_file, monkeypatch, capsys):
+    """The same steps as compute_gan_losses by hand; a resume is exact, though the file has changed; wrong files."""
+    flags = [*TINY, "--teacher", trained_teacher, "--precision", "fp32", "--log_every", "1", "--steps", "4"]
+    flags += ["--gan_steps", "4", "--discriminator_warmup_steps", "1", "--gan_lr", "1e-3"]
+    file = str(tmp_path / "own.pt2")
+    shutil.copy(classifier_file, file)
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert call(train, *flags, "--gan_features", file, "--run_dir", whole) == 0
+    interrupted(monkeypatch, train, 1, signal.SIGTERM)
+    assert call(train, *flags, "--gan_features", file, "--run_dir", parts) == 143
+    monkeypatch.setattr(train, "StepRandom", StepRandom)
+    archive.save(Classifier(small_body(32), 128, 10), file, 32)                     # other weights
+    assert call(train, "--run_dir", parts, "--resume", "--device", "cpu") == 0
+    assert_same_run(whole, parts)
+    shutil.copy(classifier_file, file)
+    assert call(train, *flags, "--run_dir", str(tmp_path / "teachers")) == 0
+    through, teachers = (log_of(folder)[1]["loss_discriminator"] for folder in (whole, tmp_path / "teachers"))
+    assert through != teachers
+    capsys.readouterr()
+    resumed = ["--run_dir", whole, "--resume", "--device", "cpu"]
+    os.mkdir(tmp_path / "other")
+    shutil.copy(file, tmp_path / "other" / "own.pt2")
+    (tmp_path / "text.pt2").write_text("no archive")
+    archive.save(Classifier(small_body(64), 128, 10), tmp_path / "64.pt2", 64)
+    for argv, said in (
+        ([*resumed, "--gan_features", str(tmp_path / "other" / "own.pt2")], "differs from the resumed run's"),
+        ([*flags, "--gan_features", str(tmp_path / "missing.pt2")], "cannot read"),
+        ([*flags, "--gan_features", str(tmp_path / "text.pt2")], "is no network of tools.features"),
+        ([*flags, "--gan_features", str(tmp_path / "64.pt2")], "is for images of 64 pixels a side, not 32"),
+        ([*flags, "--gan_features", file, "--gan_steps", "0"], "--gan_features needs --gan_steps"),
+    ):
+        assert call(train, *argv, *(() if argv[0] == "--run_dir" else ("--run_dir", str(tmp_path / "new")))) == 2, said
+        err = capsys.readouterr().err
+        assert said in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "new").exists()
 
 
 def test_each_evaluation_of_the_generator_has_a_discriminator_of_its_own():
@@ -81,7 +162,8 @@ def test_each_evaluation_of_the_generator_has_a_discriminator_of_its_own():
     for level in range(3):
         discriminator.zero_grad()
         losses, _ = compute_gan_losses(
-            guidance, discriminator, images[0], LABELS, images[1], REAL_LABELS, StepRandom(0, 0), level)
+            partial(teacher_features, guidance), discriminator, images[0], LABELS, images[1], REAL_LABELS,
+            StepRandom(0, 0), level)
         losses["loss_discriminator"].backward()
         for i, heads in enumerate(parts):
             assert all((p.grad is not None) == (i == level) for p in heads.parameters()), (level, i)
@@ -122,7 +204,8 @@ def test_the_last_steps_train_with_the_gan_loss_only(tmp_path, tree, trained_tea
         x_gen = generator(3 * z, 3.0, labels)
         x_real, real_labels = batches(step)
         x_real = torch.where(rng.uniform(4, 1, 1, 1) < 0.5, x_real.flip(-1), x_real)
-        losses, _ = compute_gan_losses(guidance, discriminator, x_gen, labels, x_real, real_labels, rng)
+        features = partial(teacher_features, guidance)
+        losses, _ = compute_gan_losses(features, discriminator, x_gen, labels, x_real, real_labels, rng)
         for key, value in losses.items():
             assert rows[step][key] == pytest.approx(value.item(), rel=1e-3, abs=1e-4)
         for network in generator, discriminator:

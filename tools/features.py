@@ -16,10 +16,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from support import archive, data, errors, flags, hardware, metrics, shapes
+from support.classifier import Classifier, conv_body, small_body
 from support.optimizers import Optimizer
 from support.randomness import StepRandom
 
@@ -27,53 +27,13 @@ SHAPES_IMAGES = 20_000
 SHAPES_TRAIN, SHAPES_TEST = 101, 102                # seeds; data.py draws its two splits from 0 and 1
 
 
-class Classifier(nn.Module):
-    """uint8 [N, 3, H, W] -> features [N, D], logits [N, classes]; body: float images in [-1, 1] -> features."""
-
-    def __init__(self, body, width, classes):
-        super().__init__()
-        self.body, self.out = body, nn.Linear(width, classes)
-
-    def forward(self, images):
-        features = self.body(data.to_float(images))
-        return features, self.out(features)
-
-
-def small_body(size):
-    """128 features: enough for the figures of `shapes`."""
-    def stage(c_in, c_out):                         # halves the resolution
-        return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()
-
-    return nn.Sequential(
-        *stage(3, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), nn.Linear(128 * (size // 8) ** 2, 128), nn.ReLU()
-    )
-
-
-def conv_body(size):
-    """256 features; most work is at 1/2 and 1/4 of the resolution, as in airbench (Jordan 2024, arXiv 2404.00498)."""
-    def conv(c_in, c_out, *pool):
-        return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), *pool, nn.BatchNorm2d(c_out), nn.ReLU()
-
-    def stage(c_in, c_out):                         # halves the resolution
-        return *conv(c_in, c_out, nn.MaxPool2d(2)), *conv(c_out, c_out)
-
-    return nn.Sequential(
-        *conv(3, 32), *stage(32, 64), *stage(64, 256), *stage(256, 256), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
-
-
 def noised(x, flip, rng):
     return (x + 12 * torch.randn_like(x)).clamp(0, 255)         # 12 of 255: samples have noise too
 
 
 def shifted(x, flip, rng):
-    """Shift each image by up to an eighth of its size, with reflection padding; with flip, also mirror half of them."""
-    n, size = len(x), x.shape[-1]
-    pad, pixels = size // 8, torch.arange(size, device=x.device)
-    rows, columns = (rng.integers(0, 2 * pad, n, 1) + pixels for _ in range(2))     # [B, H] each
-    padded = F.pad(x, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)               # [B, 5/4 H, 5/4 W, 3]
-    x = padded[torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    x = x.permute(0, 3, 1, 2)                                                       # [B, 3, H, W]
+    """Shift each image by up to an eighth of its size; with flip, also mirror half of them."""
+    x = data.random_shift(x, x.shape[-1] // 8, rng)                                 # [B, 3, H, W]
     return data.random_flip(x, rng) if flip else x
 
 
