@@ -61,9 +61,10 @@ def draw(n, seed, size):
     images = np.empty((n, 3, size, size), dtype=np.uint8)
     side = size * SUPERSAMPLE
     grid = (np.arange(side, dtype=np.float32) + 0.5) / (side / UNITS)               # centres of the sub-pixels
-    chunks = max(1, n * size**2 // (320 * 32**2))   # of 32 figures, which the processor's cache holds: in half the time
     for label, inside in enumerate(FIGURES.values()):
-        for chunk in np.array_split(np.arange(label, n, len(CLASSES)), chunks):
+        figures = np.arange(label, n, len(CLASSES))
+        # Two of 32x32 at a time: their arrays are small enough for malloc to use the same memory again.
+        for chunk in np.array_split(figures, max(1, len(figures) * size**2 // (2 * 32**2))):
             u = (grid[None, None, :] - centre[0, chunk, None, None]) / (mirror * radius)[chunk, None, None]
             v = (grid[None, :, None] - centre[1, chunk, None, None]) / radius[chunk, None, None]
             cos, sin = np.cos(angle[chunk])[:, None, None], np.sin(angle[chunk])[:, None, None]
