@@ -44,12 +44,18 @@ STUDENT["cifar10"] = dict(
     optimizer="muon", lr_schedule="cosine", log_every=20, sample_every=600, save_every=200,
 )
 
+# gan: the GAN phase alone, of a student with the network of the shipped one, on a CPU (docs/usage.md).
+STUDENT["gan"] = dict(
+    batch_size=64, steps=400, gan_steps=400, discriminator_warmup_steps=60, conditioning_sigma=80.0,
+    cfg_scale=2.0, cfg_interval=[0.15, 5.0],
+    lr_schedule="cosine", log_every=10, sample_every=200, save_every=100,
+)
+
 # few: some hundred images of your own, from the shipped pair (docs/usage.md): the GAN phase alone, from --init
 # weights/student.pt, on the features of a teacher that these images have fine-tuned.
 STUDENT["few"] = dict(
-    batch_size=32, steps=400, gan_steps=400, discriminator_warmup_steps=20, gan_lr=2e-4, conditioning_sigma=80.0,
-    cfg_scale=3.0, cfg_interval=[0.15, 5.0], autoguidance_scale=2.0,
-    lr_schedule="cosine", log_every=10, sample_every=100, save_every=200,
+    STUDENT["gan"], batch_size=32, discriminator_warmup_steps=20, gan_lr=2e-4,
+    cfg_scale=3.0, autoguidance_scale=2.0, sample_every=100, save_every=200,
 )
 
 # cifar10_gpu: photographs on one GPU, twice the width and eight times the batch. On an H200 5 minutes for the teacher
