@@ -14,7 +14,9 @@ MU, S0 = 0.3, 0.5
 # Runs the commands of docs/fork.md, shortened.
 PROGRAM = """
 import os, shlex, torch, flow, sample, train
-from support import checkpoint, errors, networks
+from PIL import Image
+from support import archive, checkpoint, errors, networks
+from support.classifier import Classifier, small_body
 torch.save(flow.Flow().state_dict(), "ema.pt")
 exec(open("teacher.py").read())
 few = dict(sample="--num_images 2", train="--batch_size 2 --steps 2")
@@ -30,6 +32,15 @@ for flag in "--gen_cls_loss_weight 0.1", "--gan_steps 300":
     else:
         raise AssertionError(flag)
 assert not os.path.exists("no")
+archive.save(Classifier(small_body(32), 128, 10), "features.pt2", 32)
+for name in checkpoint.load("mine.pt")["classes"]:
+    os.makedirs(f"images/{name}")
+    for i in range(2):
+        Image.new("RGB", (32, 32), (100 * i, 90, 200)).save(f"images/{name}/{i}.png")
+train.main([*"--preset none --teacher mine.pt --run_dir gan --device cpu --dataset folder --data_dir images".split(),
+            *"--gan_steps 2 --steps 2 --discriminator_warmup_steps 1 --batch_size 2".split(),
+            "--gan_features", "features.pt2"])
+assert checkpoint.load("gan", kind="student")["step"] == 2
 assert isinstance(networks.averaged(checkpoint.load("runs/dmd2", kind="student")), flow.Flow)
 """
 
