@@ -105,8 +105,11 @@ class DMD2(Phase):
         return log
 
 
-def make_phases(args, model, discriminator, features, ema, pairs, num_classes, device):
-    """The phases of this run, in their order; discriminator and pairs are None where there is no GAN and no fit."""
+def make_phases(args, model, discriminator, ema, pairs, num_classes, device, features=None):
+    """The phases of this run, in their order; discriminator and pairs are None where there is no GAN and no fit.
+
+    features: what the discriminator sees, as of gan.py; None: the teacher's.
+    """
     generator, guidance = model.feedforward_model, model.guidance_model
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
     generator_optimizer = Optimizer(args.optimizer, {generator: args.generator_lr}, bf16, fp16)
@@ -210,7 +213,7 @@ def main(argv=None):
         teachers.begin_with_student(args.init, generator, source["classes"], model.denoising_sigmas)
     ema = EMA(generator, args.ema_decay)
     pairs = ode_pairs(args, model, num_classes, device) if args.fit_steps else None
-    phases = make_phases(args, model, discriminator, features, ema, pairs, num_classes, device)
+    phases = make_phases(args, model, discriminator, ema, pairs, num_classes, device, features)
 
     # `model` holds the teacher and its guide too, so that a run stands on its own.
     stateful = dict(model=model, ema=ema, **{type(phase).__name__.lower(): phase for phase in phases})

@@ -20,7 +20,8 @@ import evaluate
 import sample
 import train
 import train0
-from support import data, errors, flags, published, records, shapes
+from support import archive, data, errors, flags, published, records, shapes
+from support.classifier import Classifier, small_body
 from tools import average, benchmark, export, features
 
 RUNS_PER_FLAG = int(os.environ.get("DMD2_RUNS_PER_FLAG", 0))
@@ -70,6 +71,7 @@ NOT_NAMED = {
     ("train", "--init"): ["no checkpoint at {value}:"],
     ("train", "--teacher"): ["no checkpoint at {value}:"],
     ("train", "--guide"): ["no checkpoint at {value}:"],
+    ("train", "--gan_features"): ["cannot read {value}:", "{value} is no network of tools.features:"],
     ("sample", "--checkpoint"): ["no checkpoint at {value}:"],
     ("sample", "--guide"): ["no checkpoint at {value}:"],
     ("evaluate", "--checkpoint"): ["no checkpoint at {value}:"],
@@ -82,6 +84,7 @@ NOT_NAMED = {
 # Flags to add to the base call, without which a flag is refused whatever its value.
 NEEDED = {
     ("train", "--guide"): ["--autoguidance_scale", "2"],
+    ("train", "--gan_features"): ["--gan_steps", "1", "--discriminator_warmup_steps", "0"],
     ("sample", "--guide"): ["--autoguidance_scale", "2"],
     ("evaluate", "--guide"): ["--autoguidance_scale", "2"],
     ("sample", "--cfg_interval"): ["--cfg_scale", "2"],
@@ -102,6 +105,7 @@ def place(tmp_path_factory, tree, features):
     net = trained_net(channels=8, label_dim=10)
     student = save_net(folder / "student.pt", net, classes=shapes.CLASSES)
     teacher_of_shapes = save_net(folder / "shapes.pt", net, kind="teacher", classes=shapes.CLASSES)
+    archive.save(Classifier(small_body(32), 128, 10), folder / "classifier.pt2", 32)
     training = [*few, "--run_dir", "run", "--overwrite", "--eval_images", "64", *measured]
     drawn = ["--dataset", "folder", "--data_dir", tree]
     base = dict(
@@ -122,6 +126,7 @@ def place(tmp_path_factory, tree, features):
     valid = {
         "--init": teacher, "--guide": teacher, "--inception_weights": features, "--neighbours": "256",
         "--walk": "walk.gif", "--image_size": "64",
+        "--gan_features": str(folder / "classifier.pt2"),
     }
     return folder, base, valid
 

@@ -164,7 +164,7 @@ def test_a_student_of_larger_images_has_more_noise(tmp_path, monkeypatch):
 
 def test_at_its_own_size_a_preset_is_as_it_is_written():
     sizes = dict(
-        demo=32, demo64=64, cifar10=32, few=32, cifar10_gpu=32,
+        demo=32, demo64=64, cifar10=32, gan=32, few=32, cifar10_gpu=32,
         edm=32, edm_imagenet64=64, edm_ffhq64=64, edm_afhqv2_64=64,
     )
     assert sizes.keys() == presets.STUDENT.keys()
