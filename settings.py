@@ -101,13 +101,13 @@ def add_method(parser, add):
     add("--discriminator_warmup_steps", type=flags.natural, default=100,
         help="first steps of this phase, in which only the discriminator trains")
     add("--gan_features", type=flags.path,
-        help="a classifier of tools.features, which the discriminator looks through; default: the teacher")
+        help="a classifier of tools.features whose activations the discriminator reads; default: the teacher's")
     add("--gan_lr", type=flags.rate, default=3e-5, help="learning rate of feedforward_model in this phase")
     add("--discriminator_lr", type=flags.rate, default=1e-3, help="learning rate of the discriminator")
     real = parser.add_argument_group("real images for both, by default the teacher's training images")
     real.add_argument(
         "--diffusion_gan_max_timestep", type=flags.number(int, 0, constants.NUM_TRAIN_TIMESTEPS), default=1000,
-        help="the head, and the discriminator that looks through the teacher, see images noised to a random timestep "
+        help="the head, and the discriminator on the teacher's features, see images noised to a random timestep "
         "below this one of 1000; 0: without noise",
     )
     return real
