@@ -56,7 +56,7 @@ pictures: .venv/requirements.txt
 	$(PLANE) --no-animate --min_step_percent 0.6 --out $(P)/high_noise.gif
 
 test: lint
-	$(RUN) -m pytest -q -rs -n 2 --dist loadfile
+	$(RUN) -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 # Hours: kills at random moments, an hour of training, every accepted value of every flag.
 stress: .venv/requirements-test.txt

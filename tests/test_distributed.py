@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_run, call, log_of
+from conftest import ROOT, TINY, assert_same_run, call, log_of, teacher_flags
 
 import evaluate
 import sample
@@ -179,9 +179,9 @@ def workers(process):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes in Linux's /proc")
-def test_one_death_ends_the_others_and_a_stop_stops_all(tmp_path):
+def test_one_death_ends_the_others_and_a_stop_stops_all(tmp_path, tree):
     run = tmp_path / "run"
-    flags = ["train0.py", *TEACHER, "--log_every", "1", "--steps", "1000000", "--run_dir", str(run)]
+    flags = ["train0.py", *teacher_flags(tree), "--log_every", "1", "--steps", "1000000", "--run_dir", str(run)]
     process = torchrun(*flags)
     wait_for(run / "log.jsonl", process)
     os.kill(workers(process)[1], signal.SIGKILL)
