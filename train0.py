@@ -97,7 +97,7 @@ def main(argv=None):
     net = net.to(device, memory_format=torch.channels_last)
     ema = EMA(net, args.ema_decay)
     bf16, fp16 = hardware.uses_bf16(device, args.precision), args.precision == "fp16"
-    optimizer = Optimizer(args.optimizer, {net: args.lr}, bf16, fp16, turns=True)
+    optimizer = Optimizer(args.optimizer, {net: args.lr}, bf16, fp16)
     batches = data.Batches(dataset, args.batch_size, args.seed, device)
     stateful = dict(model=net, ema=ema, optimizer=optimizer, batches=batches)
     resume.restore(args, state, stateful)

@@ -18,8 +18,8 @@ from support.muon import Muon
 # Loss scaling for float16, whose smallest number is 6e-8: as torch.amp.GradScaler does it, except that a step is either
 # taken for all networks or for none.
 FIRST_SCALE, STEPS_TO_DOUBLE = 2.0**16, 2000
-# Muon with turns (docs/tuning.md), on a CPU. Not on a GPU, where a recorded step must be the same each time.
-TURNS = dict(every=8, momentum=0.92)
+# Muon on a CPU (docs/tuning.md). Not on a GPU, where a recorded step must be the same each time.
+MUON_ON_CPU = dict(every=8, momentum=0.92)
 
 
 class Optimizer:
@@ -31,11 +31,9 @@ class Optimizer:
         bf16: whether Muon computes its last matrix products in bf16.
         fp16: whether the networks run in float16, which needs loss scaling.
         betas: Adam's.
-        turns: whether the weights that cost Muon most may take turns. It saves a fifth of a teacher's step and does not
-            raise its loss; students seem to lose a little by it.
     """
 
-    def __init__(self, name, rates, bf16=False, fp16=False, betas=(0.9, 0.999), turns=False):
+    def __init__(self, name, rates, bf16=False, fp16=False, betas=(0.9, 0.999)):
         def inside(weight):
             return name == "muon" and weight.ndim == 4 and min(weight.shape[:2]) > 3
 
@@ -50,7 +48,7 @@ class Optimizer:
         adam = torch.optim.Adam(groups(False), betas=betas, fused=True, capturable=self.recordable)
         self.optimizers = dict(adam=adam)
         if name == "muon":
-            self.optimizers["muon"] = Muon(groups(True), bf16, **(TURNS if turns and not self.recordable else {}))
+            self.optimizers["muon"] = Muon(groups(True), bf16, **({} if self.recordable else MUON_ON_CPU))
         self.scale, self.good_steps = FIRST_SCALE if fp16 else 1.0, 0
 
     def parameters(self):

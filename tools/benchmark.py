@@ -89,7 +89,7 @@ def steps(args, device):
     if "teacher_step" in args.parts and not args.teacher:
         trained = copy.deepcopy(net).to(device, memory_format=torch.channels_last)
         denoising = train0.Denoising(
-            trained, EMA(trained, 0.999), optimizer(args.optimizer, trained, turns=True), teacher["p_mean"], teacher["p_std"],
+            trained, EMA(trained, 0.999), optimizer(args.optimizer, trained), teacher["p_mean"], teacher["p_std"],
             teacher["label_dropout"], autocast=autocast,
         )
         if args.compile:
