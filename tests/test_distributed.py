@@ -77,7 +77,7 @@ def runs(tmp_path_factory, features):
     def calls(name, teacher):
         folder = root / name
         images = ["--checkpoint", str(root / "one" / "student"), "--device", "cpu", "--batch_size", "100"]
-        few = ["--num_images", "2100", "--precision", "fp32"]
+        few = ["--num_images", "300", "--precision", "fp32"]
         evaluations = ["--eval_every", "2", "--eval_images", "64", *measured]
         folder.mkdir()
         return [
@@ -96,7 +96,7 @@ def runs(tmp_path_factory, features):
         for script, *argv in calls("one", teacher):
             assert call(scripts[script], *argv) == 0
     both = calls("two", teacher)
-    for script, *argv in both[:3]:                  # stopped after 2 of 4 steps, and gone on with
+    for script, *argv in both[:2]:                  # stopped after 2 of 4 steps, and gone on with
         argv[-1] = argv[-1] + "_resumed"
         steps = argv.index("--steps") + 1
         both += [[script, *argv[:steps], "2", *argv[steps + 1 :]], [script, *argv, "--resume"]]
@@ -127,7 +127,7 @@ def test_two_processes_take_the_steps_of_one(runs, name):
         assert losses and all(a[key] == pytest.approx(b[key], rel=1e-3) for key in losses)
 
 
-@pytest.mark.parametrize("name", ["teacher", "student", "plain"])
+@pytest.mark.parametrize("name", ["teacher", "student"])
 def test_a_resume_on_two_processes_is_exact(runs, name):
     assert_same_run(runs[0] / "two" / name, runs[0] / "two" / f"{name}_resumed")
 
@@ -135,7 +135,7 @@ def test_a_resume_on_two_processes_is_exact(runs, name):
 def test_one_process_writes_and_all_make_the_same_images(runs):
     root, out = runs
     for line in ("step 4 of 4", "250 images"):      # each said once
-        assert out.count(line) == {"step 4 of 4": 7}.get(line, 1)
+        assert out.count(line) == {"step 4 of 4": 6}.get(line, 1)
     one, two = (np.load(root / processes / "a.npz") for processes in ("one", "two"))
     assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
     assert len({image.tobytes() for image in one["arr_0"]}) == 250

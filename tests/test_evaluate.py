@@ -271,7 +271,7 @@ def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_
     run, out = str(tmp_path / "run"), str(tmp_path / "out.json")
     tiny = ["--preset", "none", "--channels", "8", "--steps", "1", "--batch_size", "4", "--device", "cpu"]
     assert call(train0, "--dataset", "shapes", "--run_dir", run, *tiny) == 0
-    few = ["--num_steps", "1", "--num_images", str(N), "--repeats", "2", "--autoguidance_scale", "2", "--guide", run]
+    few = ["--num_steps", "1", "--num_images", "256", "--repeats", "2", "--autoguidance_scale", "2", "--guide", run]
     argv = ["--checkpoint", run, "--out", out, *few, *flags]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *argv])
     assert call(evaluate, *argv) == 0
@@ -279,7 +279,7 @@ def test_a_checkpoint_is_measured_on_its_own_dataset_with_a_seed_per_repeat(tmp_
     assert report["command"] == shlex.join(["python", "evaluate.py", *argv])
     assert [r["seed"] for r in report["runs"]] == [0, 1] and report["runs"][0]["fd"] != report["runs"][1]["fd"]
     values = [r["fd"] for r in report["runs"]]
-    assert report["metrics"][f"fd@{N}"] == dict(mean=np.mean(values), std=np.std(values, ddof=1))
+    assert report["metrics"]["fd@256"] == dict(mean=np.mean(values), std=np.std(values, ddof=1))
     assert report["checkpoint"]["evaluations"] == 2 and report["checkpoint"]["step"] == 1
     digest = hashlib.sha256(Path(run, "checkpoint.pt").read_bytes()).hexdigest()
     assert report["checkpoint"]["sha256"] == report["checkpoint"]["guide_sha256"] == digest
@@ -486,7 +486,11 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
     assert (logits.argmax(1) == test.labels).double().mean() > 0.9
     assert call(features_script, *argv, "1", "--epochs", "3") == 0
     *_, accuracy = capsys.readouterr().out.splitlines()
-    assert float(accuracy.split(" % of 200")[0]) < 75
+    _, mirrored = metrics.exported(out, 32, torch.device("cpu"))(test.images)
+    right = 100 * (mirrored.argmax(1) == test.labels).double().mean().item()
+    assert accuracy == f"{right:.2f} % of 200 test images right"
+    sure, unsure = (found.softmax(1).amax(1).mean() for found in (logits, mirrored))
+    assert sure > 0.8 and unsure < 0.7
     (tmp_path / "data" / "test" / "left").rename(tmp_path / "data" / "test" / "up")
     for split in "train", "test":
         for image in list((tmp_path / "data" / split).rglob("?*[1-9].png")):        # a tenth is enough
