@@ -467,7 +467,7 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
         for shade, name in ((-60, "left"), (60, "right")):
             place = tmp_path / "data" / split / name
             place.mkdir(parents=True)
-            for i in range(100):
+            for i in range(50):
                 stripes = np.tile(np.linspace(-shade, shade, 8), 4)[:, None]
                 pixels = 120 + stripes + rng.integers(-20, 20, (32, 32, 3))
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{i}.png")
@@ -477,18 +477,18 @@ def test_the_feature_network_of_a_folder_is_one_of_its_classes(tmp_path, capsys)
     argv = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--device", "cpu", "--out", out, "--flip"]
     assert call(features_script, *argv, "0", "--epochs", "5") == 0
     images, path, unknown = capsys.readouterr().out.splitlines()
-    assert images == f"folder: 200 images (in {tmp_path}/data/train), 2 classes (left, right)" and path == out
+    assert images == f"folder: 100 images (in {tmp_path}/data/train), 2 classes (left, right)" and path == out
     assert "accuracy unknown: " in unknown and "no folder test" in unknown
     write("test", 1)
     test = data.load("folder", str(tmp_path / "data"), "test")
     features, logits = metrics.exported(out, 32, torch.device("cpu"))(test.images)
-    assert features.shape == (200, 256) and logits.shape == (200, 2)
+    assert features.shape == (100, 256) and logits.shape == (100, 2)
     assert (logits.argmax(1) == test.labels).double().mean() > 0.9
     assert call(features_script, *argv, "1", "--epochs", "3") == 0
     *_, accuracy = capsys.readouterr().out.splitlines()
     _, mirrored = metrics.exported(out, 32, torch.device("cpu"))(test.images)
     right = 100 * (mirrored.argmax(1) == test.labels).double().mean().item()
-    assert accuracy == f"{right:.2f} % of 200 test images right"
+    assert accuracy == f"{right:.2f} % of 100 test images right"
     sure, unsure = (found.softmax(1).amax(1).mean() for found in (logits, mirrored))
     assert sure > 0.8 and unsure < 0.7
     (tmp_path / "data" / "test" / "left").rename(tmp_path / "data" / "test" / "up")
